@@ -1,0 +1,3 @@
+//! Shared memory.
+/// Installs the hooks; called once by `_PG_init`.
+pub fn init() {}
