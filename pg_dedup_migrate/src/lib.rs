@@ -1,15 +1,63 @@
 //! `pg_dedup_migrate`: content-deduplicating, verified, resumable migration into PostgreSQL.
+//!
+//! ```text
+//!   worker ──begin_chunk──▶ chunk ──match_keys──▶ upsert
+//!                             │
+//!                           claim ──▶ shmem (filter, claims, warmth)
+//!                             │  └──▶ lookup ──▶ segment ──▶ relation
+//!          ──COPY──▶ target   │
+//!          ──finish_chunk──▶ finish ──▶ segment, ledger; hash::rows reads back
+//!   DBA    ──SELECT──▶ index, compaction, views
+//! ```
 use pgrx::prelude::*;
 
+mod chunk;
+mod claim;
+mod compaction;
 mod error;
+mod finish;
 mod guc;
 mod hash;
+mod index;
+mod keyset;
+mod lookup;
+mod orphans;
+mod protocol;
+mod relation;
+mod segment;
 mod shmem;
+mod upsert;
+mod version;
 
 ::pgrx::pg_module_magic!(name, version);
 
 #[cfg(not(panic = "unwind"))]
 compile_error!("build with panic = \"unwind\": pgrx turns panics into ERRORs by unwinding");
+
+extension_sql_file!("../../sql/10_tables.sql", name = "tables", requires = [hash::sql::checksum_add]);
+extension_sql_file!(
+    "../../sql/20_triggers.sql",
+    name = "triggers",
+    requires = ["tables", index::mark_filter_cold]
+);
+extension_sql_file!(
+    "../../sql/30_runs.sql",
+    name = "runs",
+    requires = ["tables", protocol::target_layout, hash::sql::checksum_add]
+);
+extension_sql_file!("../../sql/40_lease.sql", name = "lease", requires = ["runs"]);
+extension_sql_file!("../../sql/45_views.sql", name = "views", requires = ["tables", index::ledger_entries]);
+extension_sql_file!(
+    "../../sql/50_complete.sql",
+    name = "complete",
+    requires = ["runs", index::key_text, orphans::orphans]
+);
+extension_sql_file!(
+    "../../sql/60_maintenance.sql",
+    name = "maintenance",
+    requires = ["tables", compaction::compact_step]
+);
+extension_sql_file!("../../sql/90_privileges.sql", name = "privileges", finalize);
 
 #[pg_guard]
 pub extern "C-unwind" fn _PG_init() {

@@ -1,0 +1,283 @@
+//! The chunk that this backend has open: what `begin_chunk` found, for the calls that follow in the same transaction.
+//!
+//! The state lives as long as the (sub)transaction that began the chunk; a callback drops it at the end. Whoever calls `claim` or
+//! `finish_chunk` without a `begin_chunk` in the same transaction is refused: locks, claims and checks would be missing.
+use std::cell::RefCell;
+
+use pg_dedup_record::layout::Layout;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
+use pgrx::{
+    JsonB, PgSubXactCallbackEvent, PgXactCallbackEvent, Uuid, pg_sys, register_subxact_callback,
+    register_xact_callback,
+};
+
+use crate::error::{Error, Result};
+use crate::keyset::{self, KeyTypes};
+use crate::relation;
+use crate::shmem::{self, Scope, warmth};
+use crate::upsert::Standing;
+
+/// One chunk between `begin_chunk` and the end of its transaction.
+#[derive(Clone)]
+pub struct OpenChunk {
+    /// The run.
+    pub run: Uuid,
+    /// The chunk.
+    pub chunk_id: String,
+    /// Number of the target.
+    pub target_id: i32,
+    /// The target table.
+    pub target: pg_sys::Oid,
+    /// Pass of the run.
+    pub pass: i32,
+    /// Columns in COPY order and their roles.
+    pub layout: Layout,
+    /// How key columns are received, compared and printed.
+    pub key_types: KeyTypes,
+    /// The key range as a condition on the target's columns; `None` where the order of keys may differ between the sides.
+    pub range: Option<KeyRange>,
+    /// Lowest ordinal that is this chunk's, once drawn.
+    pub ordinal: Option<i64>,
+    /// (old digest, key) of rows that the chunk's records are about to replace, sorted.
+    pub leaving: Vec<([u8; 32], Vec<u8>)>,
+    /// What an earlier finish of this chunk wrote and is still there.
+    pub standing: Standing,
+    /// `claim` was called: it is called once a chunk.
+    pub claimed: bool,
+    subtransaction: pg_sys::SubTransactionId,
+}
+
+/// A half-open key range in the target's own order.
+#[derive(Clone, Debug)]
+pub struct KeyRange {
+    /// First key in it, one text a key column; `None`: open.
+    pub lower: Option<Vec<String>>,
+    /// First key past it; `None`: open.
+    pub upper: Option<Vec<String>>,
+}
+
+impl OpenChunk {
+    /// Whose entries the chunk's digests are compared with.
+    pub fn scope(&self) -> Scope {
+        scope(self.target_id)
+    }
+
+    /// Has the target no key to address rows by?
+    pub fn keyless(&self) -> bool {
+        self.layout.key.is_empty()
+    }
+
+    /// The target's name, quoted and qualified.
+    pub fn target_name(&self) -> String {
+        keyset::qualified_name(self.target)
+    }
+}
+
+/// Scope of a target of this database.
+pub fn scope(target_id: i32) -> Scope {
+    shmem::scope(target_id.cast_unsigned())
+}
+
+/// What the warmth of this database's filter is kept under: the database and its `dedup.segment`.
+///
+/// # Errors
+/// 42P01 when the extension is not there.
+pub fn warmth_key() -> Result<(pg_sys::Oid, pg_sys::Oid)> {
+    // SAFETY: a backend's constant.
+    Ok((unsafe { pg_sys::MyDatabaseId }, relation::own_oid("segment")?))
+}
+
+/// May the filter's "absent" be believed?
+///
+/// # Errors
+/// 42P01 when the extension is not there.
+pub fn filter_is_warm() -> Result<bool> {
+    let (database, segment) = warmth_key()?;
+    Ok(warmth::is_warm(database, segment))
+}
+
+thread_local! {
+    // A backend has one thread.
+    static OPEN: RefCell<Option<OpenChunk>> = const { RefCell::new(None) };
+}
+
+/// Calls `work` with the open chunk, which must be this one.
+///
+/// # Errors
+/// 55000 without a `begin_chunk` for it in this transaction; what `work` returns.
+pub fn with_open<T>(run: Uuid, chunk_id: &str, work: impl FnOnce(&mut OpenChunk) -> Result<T>) -> Result<T> {
+    // Taken out while `work` runs, which may raise an ERROR past us: the callback then has nothing to clear.
+    let mut chunk = OPEN
+        .with_borrow_mut(Option::take)
+        .filter(|c| c.run == run && c.chunk_id == chunk_id)
+        .ok_or_else(|| {
+            Error::state(format!("chunk {chunk_id} is not open in this transaction"))
+                .hint("call dedup.begin_chunk first")
+        })?;
+    let result = work(&mut chunk);
+    if result.is_ok() {
+        OPEN.set(Some(chunk));
+    }
+    result
+}
+
+/// Makes `chunk` the open one until its (sub)transaction ends.
+fn open(chunk: OpenChunk) {
+    OPEN.set(Some(chunk));
+    // pgrx drops these registrations itself at the end of the transaction.
+    register_xact_callback(PgXactCallbackEvent::Commit, || OPEN.set(None));
+    register_xact_callback(PgXactCallbackEvent::Abort, || OPEN.set(None));
+    register_subxact_callback(PgSubXactCallbackEvent::AbortSub, |mine, _| {
+        if OPEN.with_borrow(|c| c.as_ref().is_some_and(|c| c.subtransaction == mine)) {
+            OPEN.set(None);
+        }
+    });
+    register_subxact_callback(PgSubXactCallbackEvent::CommitSub, |mine, parent| {
+        OPEN.with_borrow_mut(|c| {
+            if let Some(c) = c.as_mut().filter(|c| c.subtransaction == mine) {
+                c.subtransaction = parent;
+            }
+        });
+    });
+}
+
+/// `dedup.begin_chunk`: locks the checkpoint and the hash index, and checks that the entries still describe the target.
+/// Answers whether keys of the chunk may stand in the target already.
+///
+/// # Errors
+/// 55000 for a lease that is not ours or a target that changed; 42704 for an unknown chunk.
+#[pg_extern(volatile, parallel_unsafe)]
+fn begin_chunk(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool, ErrorReport> {
+    Ok(begin(run, chunk_id, lease)?)
+}
+
+/// The work of [`begin_chunk`].
+///
+/// # Errors
+/// As there.
+pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
+    shmem::attached()?;
+    let chunk = Spi::connect_mut(|client| -> Result<OpenChunk> {
+        let found = client
+            .update(
+                "SELECT c.status, c.lease, c.backend_pid, c.range_kind, c.range_lower, c.range_upper, \
+                        r.status AS run_status, r.pass, t.target_id, t.layout, t.range_comparable, g.target::pg_catalog.oid AS target \
+                 FROM dedup.checkpoints AS c JOIN dedup.runs AS r USING (run_id) \
+                 JOIN dedup.run_tables AS t USING (run_id, table_id) JOIN dedup.targets AS g USING (target_id) \
+                 WHERE c.run_id = $1 AND c.chunk_id = $2 FOR UPDATE OF c",
+                Some(1),
+                &[run.into(), chunk_id.into()],
+            )?
+            .into_iter()
+            .next()
+            .ok_or_else(|| Error::undefined(format!("run {run} has no chunk {chunk_id}")))?;
+        let status: String = required(found["status"].value()?)?;
+        let held: Option<Uuid> = found["lease"].value()?;
+        if status != "syncing" || held != Some(lease) {
+            return Err(Error::state(format!("the lease on chunk {chunk_id} is no longer ours"))
+                .detail(format!("The chunk is {status}."))
+                .hint("lease another chunk: this one was finished or taken over"));
+        }
+        let pid: Option<i32> = found["backend_pid"].value()?;
+        // SAFETY: a backend's constant.
+        if pid != Some(unsafe { pg_sys::MyProcPid }) {
+            return Err(Error::state(format!("the lease on chunk {chunk_id} belongs to another connection"))
+                .hint("call lease_chunk and begin_chunk on the connection that writes the chunk"));
+        }
+        let run_status: String = required(found["run_status"].value()?)?;
+        if !matches!(run_status.as_str(), "running" | "paused") {
+            return Err(Error::state(format!("run {run} is {run_status}")));
+        }
+        let JsonB(layout) = required(found["layout"].value()?)?;
+        let layout: Layout = serde_json::from_value(layout)
+            .map_err(|e| Error::corrupted(format!("unreadable layout: {e}")))?;
+        let target: pg_sys::Oid = required(found["target"].value()?)?;
+        let comparable: bool = required(found["range_comparable"].value()?)?;
+        let kind: String = required(found["range_kind"].value()?)?;
+        let range = (comparable && kind == "key").then_some(KeyRange {
+            lower: found["range_lower"].value()?,
+            upper: found["range_upper"].value()?,
+        });
+        // SAFETY: in a transaction.
+        let subtransaction = unsafe { pg_sys::GetCurrentSubTransactionId() };
+        Ok(OpenChunk {
+            run,
+            chunk_id: chunk_id.to_owned(),
+            target_id: required(found["target_id"].value()?)?,
+            target,
+            pass: required(found["pass"].value()?)?,
+            key_types: KeyTypes::of(target, &layout)?,
+            layout,
+            range,
+            ordinal: None,
+            leaving: Vec::new(),
+            standing: Standing::default(),
+            claimed: false,
+            subtransaction,
+        })
+    })?;
+    forget_earlier_finish(&chunk)?;
+    lock_index(chunk.target_id, &chunk)?;
+    let occupied = is_occupied(&chunk)?;
+    open(chunk);
+    Ok(occupied)
+}
+
+/// A chunk that is done again lists its duplicates and its quarantine anew.
+fn forget_earlier_finish(chunk: &OpenChunk) -> Result<()> {
+    for statement in [
+        "DELETE FROM dedup.ledger_block WHERE ordinal IN (SELECT ordinal FROM dedup.ordinals WHERE run_id = $1 AND chunk_id = $2)",
+        "DELETE FROM dedup.quarantine WHERE run_id = $1 AND chunk_id = $2",
+    ] {
+        Spi::run_with_args(statement, &[chunk.run.into(), chunk.chunk_id.as_str().into()])?;
+    }
+    Ok(())
+}
+
+/// The share lock on the hash index, and the check that it still belongs to these rows and columns.
+fn lock_index(target_id: i32, chunk: &OpenChunk) -> Result<()> {
+    Spi::run_with_args(
+        "SELECT pg_catalog.pg_advisory_xact_lock_shared(dedup.lock_class(), $1)",
+        &[target_id.into()],
+    )?;
+    Spi::run_with_args("SELECT dedup.check_filenodes($1)", &[target_id.into()])?;
+    let names =
+        |indexes: &[usize]| indexes.iter().map(|&i| chunk.layout.columns[i].name.clone()).collect::<Vec<_>>();
+    let columns: Vec<String> = chunk.layout.columns.iter().map(|c| c.name.clone()).collect();
+    let now = crate::hash::layout::target_layout(
+        chunk.target,
+        &columns,
+        &names(&chunk.layout.key),
+        &names(&chunk.layout.content),
+    )?;
+    if now != chunk.layout {
+        return Err(Error::state(format!(
+            "the columns of {} changed since the run was planned",
+            chunk.target_name()
+        ))
+        .hint(
+            "cancel the run, then create it anew; dedup.forget_target drops an index made for other columns",
+        ));
+    }
+    Ok(())
+}
+
+/// May rows with keys of this chunk stand in the target?
+fn is_occupied(chunk: &OpenChunk) -> Result<bool> {
+    if chunk.keyless() {
+        return Ok(false);
+    }
+    let (condition, arguments) = chunk.key_types.range_condition(&chunk.layout, chunk.range.as_ref());
+    let query = format!("SELECT EXISTS (SELECT FROM {} AS t WHERE {condition})", chunk.target_name());
+    let arguments: Vec<_> = arguments.iter().map(|a| a.as_str().into()).collect();
+    required(Spi::get_one_with_args::<bool>(&query, &arguments)?)
+}
+
+/// A value that a NOT NULL column or an aggregate cannot leave out.
+///
+/// # Errors
+/// XX001 when it is null all the same.
+pub fn required<T>(value: Option<T>) -> Result<T> {
+    value.ok_or_else(|| Error::corrupted("a value of a dedup table is null"))
+}

@@ -1,0 +1,374 @@
+//! `finish_chunk`: writes the chunk's segment and ledger, reads back what it wrote, closes its books.
+//!
+//! `verified` means: every row this transaction wrote for the chunk was read from the target again, hashed by the server, and is
+//! what was sent. Order: the ordinal is drawn while claims and row locks are held, so that ordinals are commit order for any one
+//! digest and key.
+use pg_dedup_record::block::{BlockBuilder, Entry, Stamp};
+use pg_dedup_record::checksum::Checksum;
+use pg_dedup_record::digest::Digest;
+use pg_dedup_record::wire;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
+use pgrx::{JsonB, Uuid, pg_sys};
+
+use crate::chunk::{self, OpenChunk, required};
+use crate::error::{Error, Result};
+use crate::hash::rows::{self, ScanSnapshot};
+use crate::keyset::column_list;
+use crate::relation::{Access, Table};
+use crate::segment::{SegmentWriter, next_number};
+use crate::shmem::claims;
+use crate::upsert::Standing;
+
+/// The six counts and the six checksums of a chunk, in the order of the books: source, inserted, updated, unchanged, duplicate, quarantined.
+pub struct Books {
+    /// Records.
+    pub counts: [i64; 6],
+    /// Sums of their row digests.
+    pub checksums: [Checksum; 6],
+}
+
+const SOURCE: usize = 0;
+const INSERTED: usize = 1;
+const UPDATED: usize = 2;
+const DUPLICATE: usize = 4;
+
+impl Books {
+    fn parse(counts: &[i64], checksums: &[u8]) -> Result<Self> {
+        let counts: [i64; 6] = counts.try_into().map_err(|_| Error::invalid("counts must be six numbers"))?;
+        if counts.iter().any(|&n| n < 0) {
+            return Err(Error::invalid("counts must not be negative"));
+        }
+        let (parts, rest) = checksums.as_chunks::<32>();
+        let parts: &[[u8; 32]; 6] = parts
+            .try_into()
+            .ok()
+            .filter(|_| rest.is_empty())
+            .ok_or_else(|| Error::invalid("checksums must be six times 32 bytes"))?;
+        Ok(Self { counts, checksums: std::array::from_fn(|i| Checksum::from_bytes(&parts[i])) })
+    }
+
+    /// Count and checksum of what was written now: inserted and updated, without what an earlier finish of the chunk left standing.
+    fn written(&self, standing: &Standing) -> (i64, Checksum) {
+        let mut sum = self.checksums[INSERTED];
+        sum.merge(&self.checksums[UPDATED]);
+        sum.subtract(&standing.checksum);
+        (self.counts[INSERTED] + self.counts[UPDATED] - standing.count, sum)
+    }
+
+    /// source = inserted + updated + unchanged + duplicate + quarantined, for both. A CHECK holds it too; here it can be explained.
+    fn check_balance(&self) -> Result<()> {
+        let mut sum = Checksum::default();
+        self.checksums[INSERTED..].iter().for_each(|c| sum.merge(c));
+        let count: i64 = self.counts[INSERTED..].iter().sum();
+        if count != self.counts[SOURCE] || sum != self.checksums[SOURCE] {
+            return Err(Error::new(
+                PgSqlErrorCode::ERRCODE_CHECK_VIOLATION,
+                "the books of the chunk do not balance",
+            )
+            .detail(format!(
+                "Source {} records, accounted for {count}; checksums {}.",
+                self.counts[SOURCE],
+                if sum == self.checksums[SOURCE] { "agree" } else { "differ" }
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// `dedup.finish_chunk`; the packed arguments are described in docs/protocol.md.
+///
+/// # Errors
+/// 22023 for malformed arguments, 23514 when the books do not balance, 23000 when the target does not hold what was sent.
+#[pg_extern(volatile, parallel_unsafe)]
+#[allow(clippy::too_many_arguments)] // the protocol's own argument list
+fn finish_chunk(
+    run: Uuid,
+    chunk_id: &str,
+    counts: Vec<i64>,
+    checksums: &[u8],
+    manifest: &[u8],
+    ledger: &[u8],
+    info: JsonB,
+) -> Result<i64, ErrorReport> {
+    let books = Books::parse(&counts, checksums)?;
+    Ok(chunk::with_open(run, chunk_id, |chunk| finish(chunk, &books, manifest, ledger, &info))?)
+}
+
+/// The work of [`finish_chunk`]; returns the ordinal.
+///
+/// # Errors
+/// As there.
+pub fn finish(
+    chunk: &mut OpenChunk,
+    books: &Books,
+    manifest: &[u8],
+    ledger: &[u8],
+    info: &JsonB,
+) -> Result<i64> {
+    books.check_balance()?;
+    let ordinal = draw_ordinal(chunk)?;
+    let tombstones = retractions(ordinal)?;
+    let written = books.written(&chunk.standing);
+    let manifest = read_manifest(manifest, &written)?;
+    claims::verify_ours(chunk.scope(), manifest.iter().map(|e| e.digest.as_bytes()))?;
+
+    write_segment(chunk.target_id, ordinal as u64, &manifest, &tombstones)?;
+    write_ledger(chunk, ordinal, ledger, books.counts[DUPLICATE])?;
+    if !chunk.keyless() {
+        read_back(chunk, &written, &manifest)?;
+    }
+    close_books(chunk, books, ordinal, info)?;
+    Ok(ordinal)
+}
+
+/// The chunk's ordinal, drawn on first need after its claims were taken.
+///
+/// # Errors
+/// The server's own without USAGE on the sequence.
+pub fn draw_ordinal(chunk: &mut OpenChunk) -> Result<i64> {
+    if let Some(ordinal) = chunk.ordinal {
+        return Ok(ordinal);
+    }
+    let ordinal = next_number("ordinal_seq")?;
+    Spi::run_with_args(
+        "INSERT INTO dedup.ordinals (ordinal, target_id, run_id, chunk_id, pass) VALUES ($1, $2, $3, $4, $5)",
+        &[
+            ordinal.into(),
+            chunk.target_id.into(),
+            chunk.run.into(),
+            chunk.chunk_id.as_str().into(),
+            chunk.pass.into(),
+        ],
+    )?;
+    chunk.ordinal = Some(ordinal);
+    Ok(ordinal)
+}
+
+/// (old digest, key) of the rows this chunk overwrote or removed, sorted: exactly those with a before image, so that what a savepoint
+/// took back is not retracted.
+fn retractions(ordinal: i64) -> Result<Vec<(Digest, Vec<u8>)>> {
+    Spi::connect(|client| {
+        let rows = client.select(
+            "SELECT content_hash, key FROM dedup.before_images WHERE ordinal = $1 ORDER BY content_hash, key",
+            None,
+            &[ordinal.into()],
+        )?;
+        rows.into_iter()
+            .map(|row| {
+                let digest: Vec<u8> = required(row["content_hash"].value()?)?;
+                let digest = Digest::from_slice(&digest)
+                    .ok_or_else(|| Error::corrupted("a before image's content hash is not 32 bytes"))?;
+                Ok((digest, required(row["key"].value()?)?))
+            })
+            .collect()
+    })
+}
+
+fn read_manifest<'a>(bytes: &'a [u8], written: &(i64, Checksum)) -> Result<Vec<wire::ManifestEntry<'a>>> {
+    let entries: Vec<_> = wire::manifest(bytes)
+        .collect::<std::result::Result<_, _>>()
+        .map_err(|e| Error::invalid(format!("malformed manifest: {e}")))?;
+    let mut sum = Checksum::default();
+    entries.iter().for_each(|e| sum.add(&e.row_digest));
+    if (entries.len() as i64, sum) != *written {
+        return Err(Error::invalid("the manifest does not list what the books say was written")
+            .detail(format!("{} entries, {} rows written.", entries.len(), written.0)));
+    }
+    Ok(entries)
+}
+
+fn write_segment(
+    target: i32,
+    ordinal: u64,
+    manifest: &[wire::ManifestEntry<'_>],
+    tombstones: &[(Digest, Vec<u8>)],
+) -> Result<()> {
+    if manifest.is_empty() && tombstones.is_empty() {
+        return Ok(());
+    }
+    let blocks = Table::open("segment_block", Access::Insert)?;
+    let segments = Table::open("segment", Access::Insert)?;
+    let mut writer = SegmentWriter::new(&blocks, target, 0)?;
+    let mut tombstones = tombstones.iter().peekable();
+    let bury = |writer: &mut SegmentWriter<'_>, digest: &Digest, key: &[u8]| {
+        let stamp = Stamp { ordinal, tombstone: true };
+        writer.push(&Entry { digest: *digest, stamp, row_digest: [0; 8], key })
+    };
+    for entry in manifest {
+        while let Some((digest, key)) = tombstones.next_if(|(d, _)| *d <= entry.digest) {
+            // The same content under the same key again (only other columns changed): the entry stands, nothing is retracted.
+            if (*digest, key.as_slice()) != (entry.digest, entry.key) {
+                bury(&mut writer, digest, key)?;
+            }
+        }
+        let mut row_digest = [0; 8];
+        row_digest.copy_from_slice(&entry.row_digest.as_bytes()[..8]);
+        writer.push(&Entry {
+            digest: entry.digest,
+            stamp: Stamp { ordinal, tombstone: false },
+            row_digest,
+            key: entry.key,
+        })?;
+    }
+    for (digest, key) in tombstones {
+        bury(&mut writer, digest, key)?;
+    }
+    writer.finish(&segments)?;
+    Ok(())
+}
+
+/// Packs the ledger into `dedup.ledger_block`, in order of digest.
+fn write_ledger(chunk: &OpenChunk, ordinal: i64, ledger: &[u8], duplicates: i64) -> Result<()> {
+    let mut builder = BlockBuilder::new();
+    let (mut firsts, mut blocks) = (Vec::new(), Vec::new());
+    let mut flush = |builder: &mut BlockBuilder| {
+        if let Some(first) = builder.first_digest() {
+            firsts.push(first.as_bytes().to_vec());
+            blocks.push(builder.finish());
+        }
+    };
+    let mut count = 0;
+    for entry in wire::ledger(ledger) {
+        let entry = entry.map_err(|e| Error::invalid(format!("malformed ledger: {e}")))?;
+        let entry = Entry {
+            digest: entry.digest,
+            stamp: Stamp { ordinal: ordinal as u64, tombstone: false },
+            row_digest: [0; 8],
+            key: entry.key,
+        };
+        let unfit = |e| Error::invalid(format!("malformed ledger: {e}"));
+        if !builder.try_push(&entry).map_err(unfit)? {
+            flush(&mut builder);
+            builder.try_push(&entry).map_err(unfit)?;
+        }
+        count += 1;
+    }
+    flush(&mut builder);
+    if count != duplicates {
+        return Err(Error::invalid("the ledger does not list what the books say was dropped")
+            .detail(format!("{count} entries, {duplicates} duplicates.")));
+    }
+    if !blocks.is_empty() {
+        Spi::run_with_args(
+            "INSERT INTO dedup.ledger_block (target_id, ordinal, block_no, first_digest, entries) \
+             SELECT $1, $2, u.n - 1, u.first, u.entries \
+             FROM ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($4)) WITH ORDINALITY AS u(first, entries, n)",
+            &[chunk.target_id.into(), ordinal.into(), firsts.into(), blocks.into()],
+        )?;
+    }
+    Ok(())
+}
+
+/// Reads what this transaction wrote and compares it with what was sent.
+fn read_back(
+    chunk: &OpenChunk,
+    written: &(i64, Checksum),
+    manifest: &[wire::ManifestEntry<'_>],
+) -> Result<()> {
+    if manifest.is_empty() {
+        return Ok(());
+    }
+    // By range where keys order alike: one pass over neighbouring rows, and the sum of digests says it all. Otherwise, and where the sum
+    // differs (another chunk of this transaction wrote into the range), row by row by the keys written.
+    if chunk.range.is_some() {
+        let (condition, arguments) = chunk.key_types.range_condition(&chunk.layout, chunk.range.as_ref());
+        let query = format!(
+            "SELECT {}, t.xmin FROM {} AS t WHERE {condition}",
+            column_list(&chunk.layout, "t"),
+            chunk.target_name()
+        );
+        let arguments: Vec<_> = arguments.into_iter().map(Into::into).collect();
+        let (mut count, mut sum) = (0i64, Checksum::default());
+        rows::scan(&query, &arguments, &chunk.layout, 1, ScanSnapshot::Fresh, |row| {
+            if is_own(&row)? {
+                count += 1;
+                sum.add(&row.digests()?.row);
+            }
+            Ok(())
+        })?;
+        if (count, sum) == *written {
+            return Ok(());
+        }
+    }
+    read_back_by_key(chunk, manifest)
+}
+
+fn read_back_by_key(chunk: &OpenChunk, manifest: &[wire::ManifestEntry<'_>]) -> Result<()> {
+    let keys: Vec<&[u8]> = manifest.iter().map(|e| e.key).collect();
+    let arrays = chunk.key_types.arrays(&keys)?;
+    let query = format!(
+        "SELECT {}, t.xmin, k.n FROM {} JOIN {} AS t ON {}",
+        column_list(&chunk.layout, "t"),
+        chunk.key_types.unnest(),
+        chunk.target_name(),
+        chunk.key_types.join_condition()
+    );
+    let mut seen = vec![false; manifest.len()];
+    let mut different = 0usize;
+    let mut example = None;
+    rows::scan(&query, &arrays, &chunk.layout, 2, ScanSnapshot::Fresh, |row| {
+        let n = required(row.trailing::<i64>(1)?)? as usize - 1;
+        let entry = &manifest[n];
+        let digests = row.digests()?;
+        seen[n] = true;
+        if !is_own(&row)? || digests.row != entry.row_digest || digests.content != entry.digest {
+            different += 1;
+            example.get_or_insert(n);
+        }
+        Ok(())
+    })?;
+    let missing = seen.iter().filter(|s| !**s).count();
+    let Some(n) = example.or_else(|| seen.iter().position(|s| !s)) else { return Ok(()) };
+    Err(Error::new(
+        PgSqlErrorCode::ERRCODE_INTEGRITY_CONSTRAINT_VIOLATION,
+        format!("{} does not hold what was sent", chunk.target_name()),
+    )
+    .detail(format!(
+        "Of {} rows {missing} are missing and {different} differ; the first is {}.",
+        manifest.len(),
+        chunk.key_types.query_string(manifest[n].key)?
+    ))
+    .hint("look for a trigger, rule or policy that rewrites or drops rows of the target"))
+}
+
+/// Was the row, whose first trailing column is its xmin, written by this transaction, in whatever savepoint?
+fn is_own(row: &rows::RowView<'_>) -> Result<bool> {
+    let xmin: pg_sys::TransactionId = required(row.trailing(0)?)?;
+    // SAFETY: looks at this backend's own state.
+    Ok(unsafe { pg_sys::TransactionIdIsCurrentTransactionId(xmin) })
+}
+
+fn close_books(chunk: &OpenChunk, books: &Books, ordinal: i64, info: &JsonB) -> Result<()> {
+    let checksums: Vec<Vec<u8>> = books.checksums.iter().map(|c| c.to_bytes().to_vec()).collect();
+    let info = serde_json::to_string(&info.0).map_err(|e| Error::invalid(format!("unreadable info: {e}")))?;
+    // A keyless table has no key to read rows back by: one scan of the whole table verifies its chunks in the end.
+    let updated = Spi::connect_mut(|client| {
+        client
+            .update(
+                "UPDATE dedup.checkpoints AS c SET status = CASE WHEN $6 THEN 'syncing' ELSE 'verified' END, \
+                    verified_at = CASE WHEN NOT $6 THEN pg_catalog.clock_timestamp() END, written_at = pg_catalog.clock_timestamp(), ordinal = $3, \
+                    source_count = $4[1], inserted_count = $4[2], updated_count = $4[3], unchanged_count = $4[4], duplicate_count = $4[5], \
+                    quarantined_count = $4[6], checksum = $5[1], inserted_checksum = $5[2], updated_checksum = $5[3], \
+                    unchanged_checksum = $5[4], duplicate_checksum = $5[5], quarantined_checksum = $5[6], \
+                    source_bytes = (i ->> 'source_bytes')::pg_catalog.int8, source_lsn = (i ->> 'source_lsn')::pg_catalog.pg_lsn, timings = i OPERATOR(pg_catalog.-) 'source_bytes' OPERATOR(pg_catalog.-) 'source_lsn' \
+                 FROM (SELECT $7::pg_catalog.jsonb) AS info(i) WHERE c.run_id = $1 AND c.chunk_id = $2",
+                None,
+                &[
+                    chunk.run.into(),
+                    chunk.chunk_id.as_str().into(),
+                    ordinal.into(),
+                    books.counts.to_vec().into(),
+                    checksums.into(),
+                    chunk.keyless().into(),
+                    info.into(),
+                ],
+            )
+            .map(|rows| rows.len())
+    })?;
+    if updated == 1 {
+        Ok(())
+    } else {
+        Err(Error::corrupted(format!("checkpoint of chunk {} is gone", chunk.chunk_id)))
+    }
+}

@@ -1,0 +1,542 @@
+//! The hash index as SQL sees it: looking contents up, listing entries, figures, warming the filter, indexing rows that
+//! stood in a table already.
+use std::collections::HashMap;
+
+use pg_dedup_record::block::{BlockView, Entry, Stamp};
+use pg_dedup_record::digest::Digest;
+use pg_dedup_record::layout::Layout;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
+use pgrx::{JsonB, PgRelation, Uuid, pg_sys};
+
+use crate::chunk::{self, required};
+use crate::error::{Error, Result};
+use crate::hash::rows::{self, ScanSnapshot};
+use crate::keyset::{KeyTypes, column_list, qualified_name};
+use crate::lookup::{self, Place};
+use crate::relation::{Access, Snapshot, Table};
+use crate::segment::{self, BlockReader, SegmentWriter, next_number};
+use crate::shmem::{self, claims, filter, warmth};
+
+/// A row of `dedup.targets`.
+pub struct Target {
+    /// Its number.
+    pub id: i32,
+    /// The table.
+    pub table: pg_sys::Oid,
+    /// Columns and their roles.
+    pub layout: Layout,
+    /// How keys are read and printed.
+    pub key_types: KeyTypes,
+}
+
+impl Target {
+    /// The target that `condition` on `dedup.targets` picks.
+    fn load(
+        condition: &str,
+        argument: pgrx::datum::DatumWithOid<'_>,
+        missing: impl FnOnce() -> Error,
+    ) -> Result<Self> {
+        let (id, table, layout) = Spi::connect(|client| -> Result<_> {
+            let rows = client.select(
+                &format!("SELECT target_id, target::pg_catalog.oid AS target, layout FROM dedup.targets WHERE {condition}"),
+                Some(1),
+                &[argument],
+            )?;
+            let row = rows.into_iter().next().ok_or_else(missing)?;
+            let JsonB(layout) = required(row["layout"].value()?)?;
+            Ok((required(row["target_id"].value()?)?, required(row["target"].value()?)?, layout))
+        })?;
+        let layout: Layout = serde_json::from_value(layout)
+            .map_err(|e| Error::corrupted(format!("unreadable layout: {e}")))?;
+        let key_types = KeyTypes::of(table, &layout)?;
+        Ok(Self { id, table, layout, key_types })
+    }
+
+    /// The hash index of a table, for a caller who may read the table.
+    ///
+    /// # Errors
+    /// 42704 when it has none, 42501 without SELECT on it.
+    pub fn of(table: pg_sys::Oid) -> Result<Self> {
+        // SAFETY: catalog look-ups inside a transaction.
+        let granted =
+            unsafe { pg_sys::pg_class_aclcheck(table, pg_sys::GetUserId(), pg_sys::ACL_SELECT.into()) };
+        if granted != pg_sys::AclResult::ACLCHECK_OK {
+            return Err(Error::new(
+                PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
+                format!("permission denied for table {}", qualified_name(table)),
+            ));
+        }
+        Self::load("target OPERATOR(pg_catalog.=) $1::pg_catalog.oid", table.into(), || {
+            Error::undefined(format!("{} has no hash index", qualified_name(table))).hint(
+                "dedup.add_table gives a table one; SELECT target FROM dedup.targets lists those that have",
+            )
+        })
+    }
+
+    /// The target with this number.
+    ///
+    /// # Errors
+    /// 42704 when there is none.
+    pub fn by_id(id: i32) -> Result<Self> {
+        Self::load("target_id OPERATOR(pg_catalog.=) $1", id.into(), || {
+            Error::undefined(format!("there is no target {id}"))
+        })
+    }
+
+    /// `postgres:///database/schema.table?key=value`
+    fn location(&self, key: &[u8]) -> Result<String> {
+        // SAFETY: look-ups by oid; strings are palloc'ed.
+        let database = unsafe {
+            std::ffi::CStr::from_ptr(pg_sys::get_database_name(pg_sys::MyDatabaseId))
+                .to_string_lossy()
+                .into_owned()
+        };
+        let base = format!("postgres:///{database}/{}", qualified_name(self.table));
+        if self.layout.key.is_empty() {
+            Ok(base)
+        } else {
+            Ok(format!("{base}?{}", self.key_types.query_string(key)?))
+        }
+    }
+
+    /// Where a digest stands now, newest first.
+    fn places(&self, digest: &[u8; 32]) -> Result<Vec<Place>> {
+        let places = lookup::places(self.id, &[*digest], &[0], &Snapshot::latest())?;
+        let places = places.into_iter().next().map(|(_, p)| p).unwrap_or_default();
+        let mut standing: Vec<Place> = lookup::standing(&places).cloned().collect();
+        standing.sort_by_key(|p| std::cmp::Reverse(p.ordinal));
+        Ok(standing)
+    }
+}
+
+fn one_digest(bytes: &[u8]) -> Result<[u8; 32]> {
+    bytes.try_into().map_err(|_| {
+        Error::invalid("a content hash has 32 bytes").detail(format!("{} were given.", bytes.len()))
+    })
+}
+
+/// `dedup.locate`: where a content stands in a target, as a URI; NULL: nowhere.
+///
+/// # Errors
+/// 42704 without a hash index, 42501 without SELECT on the target, 22023 for a hash that is not 32 bytes.
+#[pg_extern(stable, parallel_unsafe, strict)]
+fn locate(target: PgRelation, content_hash: &[u8]) -> Result<Option<String>, ErrorReport> {
+    let target = Target::of(target.oid())?;
+    let place = target.places(&one_digest(content_hash)?)?.into_iter().next();
+    Ok(place.map(|p| target.location(&p.key)).transpose()?)
+}
+
+/// `dedup.maybe_seen`: the first pass alone. False: certainly not in the target; true: perhaps. A cold filter answers true.
+///
+/// # Errors
+/// As [`locate`]; 55000 when the library is not preloaded.
+#[pg_extern(volatile, parallel_unsafe, strict)]
+fn maybe_seen(target: PgRelation, content_hash: &[u8]) -> Result<bool, ErrorReport> {
+    let target = Target::of(target.oid())?;
+    let digest = one_digest(content_hash)?;
+    if !chunk::filter_is_warm()? {
+        return Ok(true);
+    }
+    Ok(filter::contains(chunk::scope(target.id), &digest)?)
+}
+
+/// `dedup.provenance`: which run and chunk wrote a content; NULLs: it stood there before any run. No row: nowhere.
+///
+/// # Errors
+/// As [`locate`].
+#[pg_extern(stable, parallel_unsafe, strict)]
+#[allow(clippy::type_complexity)] // the macro reads the columns from the type
+fn provenance(
+    target: PgRelation,
+    content_hash: &[u8],
+) -> Result<TableIterator<'static, (name!(run_id, Option<Uuid>), name!(chunk_id, Option<String>))>, ErrorReport>
+{
+    let target = Target::of(target.oid())?;
+    let places = target.places(&one_digest(content_hash)?)?;
+    let origins = Origins::load(target.id)?;
+    Ok(TableIterator::new(places.into_iter().map(move |p| origins.of(p.ordinal)).collect::<Vec<_>>()))
+}
+
+/// Which run and chunk an ordinal of one target stands for.
+struct Origins(HashMap<u64, (Option<Uuid>, Option<String>)>);
+
+impl Origins {
+    fn load(target_id: i32) -> Result<Self> {
+        Spi::connect(|client| {
+            client
+                .select(
+                    "SELECT ordinal, run_id, chunk_id FROM dedup.ordinals WHERE target_id = $1",
+                    None,
+                    &[target_id.into()],
+                )?
+                .into_iter()
+                .map(|row| {
+                    let ordinal: i64 = required(row["ordinal"].value()?)?;
+                    Ok((ordinal as u64, (row["run_id"].value()?, row["chunk_id"].value()?)))
+                })
+                .collect::<Result<_>>()
+                .map(Self)
+        })
+    }
+
+    fn of(&self, ordinal: u64) -> (Option<Uuid>, Option<String>) {
+        self.0.get(&ordinal).cloned().unwrap_or((None, None))
+    }
+}
+
+/// `dedup.hash_index`: every content of a target with its location, in order of content hash.
+///
+/// # Errors
+/// As [`locate`].
+#[pg_extern(stable, parallel_unsafe, strict)]
+#[allow(clippy::type_complexity)] // the macro reads the columns from the type
+fn hash_index(
+    target: PgRelation,
+) -> Result<
+    TableIterator<
+        'static,
+        (
+            name!(content_hash, Vec<u8>),
+            name!(run_id, Option<Uuid>),
+            name!(chunk_id, Option<String>),
+            name!(target_location_uri, String),
+        ),
+    >,
+    ErrorReport,
+> {
+    let target = Target::of(target.oid())?;
+    let origins = Origins::load(target.id)?;
+    let mut entries: Vec<(Digest, Place)> = Vec::new();
+    let snapshot = Snapshot::latest();
+    let blocks = Table::open("segment_block", Access::Read)?;
+    let mut reader = BlockReader::new(&blocks, &snapshot)?;
+    for segment in segment::segments_of(target.id, &snapshot)? {
+        segment::for_each_entry(&mut reader, segment.id, |e| {
+            let place = Place { ordinal: e.stamp.ordinal, tombstone: e.stamp.tombstone, key: e.key.to_vec() };
+            entries.push((e.digest, place));
+            Ok(())
+        })?;
+    }
+    entries.sort_by(|(a, x), (b, y)| (a, &x.key, x.ordinal).cmp(&(b, &y.key, y.ordinal)));
+    // Of each digest and key the last one counts.
+    let last =
+        |i: usize| entries.get(i + 1).is_none_or(|(d, p)| (d, &p.key) != (&entries[i].0, &entries[i].1.key));
+    let rows = (0..entries.len())
+        .filter(|&i| last(i) && !entries[i].1.tombstone)
+        .map(|i| {
+            let (digest, place) = &entries[i];
+            let (run, chunk) = origins.of(place.ordinal);
+            Ok((digest.as_bytes().to_vec(), run, chunk, target.location(&place.key)?))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    Ok(TableIterator::new(rows))
+}
+
+/// `dedup.filter_stats`: filter and claims in shared memory.
+///
+/// # Errors
+/// 55000 when the library is not preloaded.
+#[pg_extern(volatile, parallel_unsafe)]
+#[allow(clippy::type_complexity)] // the macro reads the columns from the type
+fn filter_stats() -> Result<
+    TableIterator<
+        'static,
+        (
+            name!(warm, bool),
+            name!(filter_bytes, i64),
+            name!(bits_set, i64),
+            name!(fill, f64),
+            name!(predicted_false_positive_rate, f64),
+            name!(claim_slots, i64),
+            name!(claims_held, i64),
+        ),
+    >,
+    ErrorReport,
+> {
+    let warm = chunk::filter_is_warm()?;
+    let filter = filter::stats()?;
+    let claims = claims::stats()?;
+    Ok(TableIterator::once((
+        warm,
+        filter.bytes as i64,
+        filter.bits_set as i64,
+        filter.fill,
+        filter.predicted_fpr,
+        claims.slots as i64,
+        claims.used as i64,
+    )))
+}
+
+/// `dedup.warm_filter`: reads every segment into the filter, so that new contents need no look-up; returns the entries read, 0 when
+/// it was warm.
+///
+/// # Errors
+/// 55000 when the library is not preloaded or the server is in recovery.
+#[pg_extern(volatile, parallel_unsafe)]
+fn warm_filter() -> Result<i64, ErrorReport> {
+    Ok(warm()?)
+}
+
+fn warm() -> Result<i64> {
+    shmem::attached()?;
+    let (database, segment) = chunk::warmth_key()?;
+    if warmth::is_warm(database, segment) {
+        return Ok(0);
+    }
+    // The snapshot is taken after the warm-up is announced: what commits later has set its own bits.
+    let generation = warmth::begin_warm_up(database, segment).ok_or_else(|| {
+        Error::state("the filter cannot be warmed now")
+            .detail("The server is in recovery, or shared memory keeps track of as many databases as it can.")
+    })?;
+    let snapshot = Snapshot::latest();
+    let targets: Vec<i32> = Spi::connect(|client| -> Result<Vec<i32>> {
+        client
+            .select("SELECT target_id FROM dedup.targets", None, &[])?
+            .into_iter()
+            .map(|row| required(row["target_id"].value()?))
+            .collect()
+    })?;
+    let blocks = Table::open("segment_block", Access::Read)?;
+    let mut reader = BlockReader::new(&blocks, &snapshot)?;
+    let mut entries = 0;
+    let mut seen = Vec::new();
+    for target in targets {
+        let scope = chunk::scope(target);
+        for segment in segment::segments_of(target, &snapshot)? {
+            reader.start(segment.id);
+            while let Some(block) = reader.next()? {
+                pgrx::check_for_interrupts!();
+                filter::set_sorted(scope, block.digests().iter(), &mut seen)?;
+                entries += block.len() as i64;
+            }
+        }
+    }
+    if !warmth::end_warm_up(generation) {
+        return Err(Error::new(
+            PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
+            "entries came into the segments while the filter was read",
+        )
+        .hint("call dedup.warm_filter() again when the restore or the manual change has committed"));
+    }
+    Ok(entries)
+}
+
+/// Statement trigger on the segment tables: rows that do not come from this code are not in the filter.
+///
+/// # Errors
+/// None: without shared memory there is no filter to mark.
+#[pg_trigger]
+fn mark_filter_cold<'a>(
+    trigger: &'a pgrx::PgTrigger<'a>,
+) -> Result<Option<PgHeapTuple<'a, impl WhoAllocated>>, ErrorReport> {
+    let _ = trigger.name();
+    let (database, segment) = chunk::warmth_key()?;
+    warmth::mark_cold_until_end_of_transaction(database, segment)?;
+    Ok(None::<PgHeapTuple<'a, pgrx::AllocatedByPostgres>>)
+}
+
+/// `dedup.index_existing`: hashes the rows that stand in a target into its index; returns the entries added. Rows that are indexed already
+/// are left alone.
+///
+/// # Errors
+/// 42704 when the table is no target yet, 55000 when the library is not preloaded.
+#[pg_extern(volatile, parallel_unsafe, strict)]
+fn index_existing(target: PgRelation) -> Result<i64, ErrorReport> {
+    let target = Target::of(target.oid())?;
+    shmem::attached()?;
+    lock_exclusively(&target)?;
+    Ok(index_rows(&target)?)
+}
+
+/// `dedup.reindex_target`: drops a target's entries and hashes its rows anew, whatever happened to them; returns the entries.
+///
+/// # Errors
+/// As [`index_existing`].
+#[pg_extern(volatile, parallel_unsafe, strict)]
+fn reindex_target(target: PgRelation) -> Result<i64, ErrorReport> {
+    let target = Target::of(target.oid())?;
+    shmem::attached()?;
+    lock_exclusively(&target)?;
+    drop_entries(target.id)?;
+    Spi::run_with_args(
+        "UPDATE dedup.targets SET filenodes = dedup.leaf_filenodes(target) WHERE target_id = $1",
+        &[target.id.into()],
+    )
+    .map_err(Error::from)?;
+    Ok(index_rows(&target)?)
+}
+
+/// `dedup.forget_target`: drops a target's entries; its rows stay. Returns the segments dropped.
+///
+/// # Errors
+/// 42704 when the table has no index.
+#[pg_extern(volatile, parallel_unsafe, strict)]
+fn forget_target(target: PgRelation) -> Result<i64, ErrorReport> {
+    let target = Target::of(target.oid())?;
+    lock_exclusively(&target)?;
+    let segments = drop_entries(target.id)?;
+    Spi::run_with_args(
+        "UPDATE dedup.targets SET filenodes = dedup.leaf_filenodes(target), indexed_at = NULL WHERE target_id = $1",
+        &[target.id.into()],
+    )
+    .map_err(Error::from)?;
+    Spi::run_with_args(
+        "SELECT dedup.log_event(NULL, NULL, 'target_forgotten', pg_catalog.jsonb_build_object('target', $1::pg_catalog.text))",
+        &[qualified_name(target.table).into()],
+    )
+    .map_err(Error::from)?;
+    Ok(segments)
+}
+
+fn lock_exclusively(target: &Target) -> Result<()> {
+    Ok(Spi::run_with_args(
+        "SELECT pg_catalog.pg_advisory_xact_lock(dedup.lock_class(), $1)",
+        &[target.id.into()],
+    )?)
+}
+
+fn drop_entries(target_id: i32) -> Result<i64> {
+    Spi::run_with_args(
+        "DELETE FROM dedup.segment_block WHERE segment_id IN (SELECT segment_id FROM dedup.segment WHERE target_id = $1)",
+        &[target_id.into()],
+    )?;
+    Spi::connect_mut(|client| {
+        Ok(client.update("DELETE FROM dedup.segment WHERE target_id = $1", None, &[target_id.into()])?.len()
+            as i64)
+    })
+}
+
+/// One entry of a batch being indexed.
+struct Indexed {
+    digest: Digest,
+    row_digest: [u8; 8],
+    key: Vec<u8>,
+}
+
+fn index_rows(target: &Target) -> Result<i64> {
+    /// Entries are sorted and written in batches of this many; memory about 100 bytes each.
+    const BATCH: usize = 1_000_000;
+    let query =
+        format!("SELECT {} FROM {} AS t", column_list(&target.layout, "t"), qualified_name(target.table));
+    let ordinal = next_number("ordinal_seq")?;
+    Spi::run_with_args(
+        "INSERT INTO dedup.ordinals (ordinal, target_id) VALUES ($1, $2)",
+        &[ordinal.into(), target.id.into()],
+    )?;
+    let mut batch: Vec<Indexed> = Vec::new();
+    let mut added = 0;
+    rows::scan(&query, &[], &target.layout, 0, ScanSnapshot::Fresh, |row| {
+        let digests = row.digests()?;
+        let mut row_digest = [0; 8];
+        row_digest.copy_from_slice(&digests.row.as_bytes()[..8]);
+        let mut key = Vec::new();
+        row.write_key(&mut key)?;
+        batch.push(Indexed { digest: digests.content, row_digest, key });
+        if batch.len() == BATCH {
+            added += write_batch(target, ordinal, &mut batch)?;
+        }
+        Ok(())
+    })?;
+    added += write_batch(target, ordinal, &mut batch)?;
+    Spi::run_with_args(
+        "UPDATE dedup.targets SET indexed_at = pg_catalog.clock_timestamp(), filenodes = dedup.leaf_filenodes(target) WHERE target_id = $1",
+        &[target.id.into()],
+    )?;
+    Spi::run_with_args(
+        "SELECT dedup.log_event(NULL, NULL, 'target_indexed', \
+         pg_catalog.jsonb_build_object('target', $1::pg_catalog.text, 'entries', $2::pg_catalog.int8))",
+        &[qualified_name(target.table).into(), added.into()],
+    )?;
+    Ok(added)
+}
+
+/// Writes a batch as one segment, without what the index has already, and sets its filter bits before the commit.
+fn write_batch(target: &Target, ordinal: i64, batch: &mut Vec<Indexed>) -> Result<i64> {
+    batch.sort_unstable_by(|a, b| (&a.digest, &a.key).cmp(&(&b.digest, &b.key)));
+    let mut digests: Vec<[u8; 32]> = batch.iter().map(|e| *e.digest.as_bytes()).collect();
+    digests.dedup();
+    let wanted: Vec<u32> = (0..digests.len() as u32).collect();
+    let snapshot = Snapshot::latest();
+    let known: HashMap<u32, Vec<Place>> =
+        lookup::places(target.id, &digests, &wanted, &snapshot)?.into_iter().collect();
+    let blocks = Table::open("segment_block", Access::Insert)?;
+    let segments = Table::open("segment", Access::Insert)?;
+    let mut writer = SegmentWriter::new(&blocks, target.id, 0)?;
+    let mut added = 0;
+    let mut group = 0u32;
+    for entry in batch.iter() {
+        while &digests[group as usize] != entry.digest.as_bytes() {
+            group += 1;
+        }
+        let stands =
+            known.get(&group).is_some_and(|places| lookup::standing(places).any(|p| p.key == entry.key));
+        if !stands {
+            let stamp = Stamp { ordinal: ordinal as u64, tombstone: false };
+            writer.push(&Entry {
+                digest: entry.digest,
+                stamp,
+                row_digest: entry.row_digest,
+                key: &entry.key,
+            })?;
+            added += 1;
+        }
+    }
+    filter::set_sorted(chunk::scope(target.id), digests.iter(), &mut Vec::new())?;
+    writer.finish(&segments)?;
+    batch.clear();
+    Ok(added)
+}
+
+/// `dedup.key_text`: a packed key as `column=value&…`; NULL for an empty one.
+///
+/// # Errors
+/// 42704 for an unknown target, XX001 for bytes that are no key of it.
+#[pg_extern(stable, parallel_unsafe, strict)]
+fn key_text(target_id: i32, key: &[u8]) -> Result<Option<String>, ErrorReport> {
+    if key.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(Target::by_id(target_id)?.key_types.query_string(key)?))
+}
+
+/// `dedup.ledger_entries`: unpacks the ledger of one ordinal: (content hash, source key, where the survivor stands).
+///
+/// # Errors
+/// XX001 for a damaged block, 42704 for an unknown target.
+#[pg_extern(stable, parallel_unsafe, strict)]
+#[allow(clippy::type_complexity)] // the macro reads the columns from the type
+fn ledger_entries(
+    target_id: i32,
+    entries: &[u8],
+) -> Result<
+    TableIterator<
+        'static,
+        (name!(content_hash, Vec<u8>), name!(source_key, Option<String>), name!(survivor, Option<String>)),
+    >,
+    ErrorReport,
+> {
+    let target = Target::by_id(target_id)?;
+    let view = BlockView::parse(entries)
+        .map_err(|e| Error::corrupted("a ledger block is damaged").detail(e.to_string()))?;
+    let mut digests: Vec<[u8; 32]> = (0..view.len()).map(|i| *view.digest_bytes(i)).collect();
+    digests.dedup();
+    let wanted: Vec<u32> = (0..digests.len() as u32).collect();
+    let places: HashMap<u32, Vec<Place>> =
+        lookup::places(target.id, &digests, &wanted, &Snapshot::latest())?.into_iter().collect();
+    let mut rows = Vec::with_capacity(view.len());
+    let mut group = 0u32;
+    for i in 0..view.len() {
+        let entry = view.entry(i);
+        while &digests[group as usize] != entry.digest.as_bytes() {
+            group += 1;
+        }
+        let survivor = places.get(&group).and_then(|p| lookup::standing(p).max_by_key(|p| p.ordinal));
+        rows.push((
+            entry.digest.as_bytes().to_vec(),
+            (!target.layout.key.is_empty()).then(|| target.key_types.query_string(entry.key)).transpose()?,
+            survivor.map(|p| target.location(&p.key)).transpose()?,
+        ));
+    }
+    Ok(TableIterator::new(rows))
+}

@@ -1,0 +1,93 @@
+//! The orphan pass: duplicates that were dropped in favour of a row which is gone since.
+//!
+//! A run that overwrites or removes rows retracts their digests. Whoever was dropped as a duplicate of such a content, in whatever chunk came
+//! first, would be lost if no other row holds it. No run is done before the chunks of its own losers have been done again.
+use std::collections::HashSet;
+
+use pg_dedup_record::block::BlockView;
+use pgrx::Uuid;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
+
+use crate::chunk::required;
+use crate::error::{Error, Result};
+use crate::lookup;
+use crate::relation::{Access, Snapshot, Table};
+use crate::segment::{self, BlockReader};
+
+/// `dedup.orphans`: chunks of a run whose ledger names contents that stand nowhere any more, and how many.
+///
+/// # Errors
+/// XX001 for a damaged block, 42501 without SELECT on dedup's tables.
+#[pg_extern(volatile, parallel_unsafe, strict)]
+#[allow(clippy::type_complexity)] // the macro reads the columns from the type
+fn orphans(
+    run: Uuid,
+) -> Result<TableIterator<'static, (name!(chunk_id, String), name!(records, i64))>, ErrorReport> {
+    let targets: Vec<i32> = Spi::connect(|client| -> Result<Vec<i32>> {
+        client
+            .select("SELECT DISTINCT target_id FROM dedup.run_tables WHERE run_id = $1", None, &[run.into()])?
+            .into_iter()
+            .map(|row| required(row["target_id"].value()?))
+            .collect()
+    })?;
+    let mut found = Vec::new();
+    for target in targets {
+        let gone = vanished(target)?;
+        if !gone.is_empty() {
+            found.extend(losers(run, target, &gone)?);
+        }
+    }
+    Ok(TableIterator::new(found))
+}
+
+/// Digests that were retracted from a target and stand nowhere in it now.
+fn vanished(target: i32) -> Result<HashSet<[u8; 32]>> {
+    let snapshot = Snapshot::latest();
+    let blocks = Table::open("segment_block", Access::Read)?;
+    let mut reader = BlockReader::new(&blocks, &snapshot)?;
+    let mut retracted: Vec<[u8; 32]> = Vec::new();
+    for segment in segment::segments_of(target, &snapshot)?.into_iter().filter(|s| s.tombstones > 0) {
+        segment::for_each_entry(&mut reader, segment.id, |entry| {
+            if entry.stamp.tombstone {
+                retracted.push(*entry.digest.as_bytes());
+            }
+            Ok(())
+        })?;
+    }
+    retracted.sort_unstable();
+    retracted.dedup();
+    let wanted: Vec<u32> = (0..retracted.len() as u32).collect();
+    let present = lookup::present(target, &retracted, &wanted, &[], &snapshot)?;
+    Ok(retracted.into_iter().zip(present).filter(|(_, present)| !present).map(|(digest, _)| digest).collect())
+}
+
+/// Chunks of the run whose ledger lines name one of these contents.
+fn losers(run: Uuid, target: i32, gone: &HashSet<[u8; 32]>) -> Result<Vec<(String, i64)>> {
+    Spi::connect(|client| {
+        let mut chunks: Vec<(String, i64)> = Vec::new();
+        let mut cursor = client.open_cursor(
+            "SELECT o.chunk_id, l.entries FROM dedup.ordinals AS o JOIN dedup.ledger_block AS l USING (ordinal) \
+             WHERE o.run_id = $1 AND l.target_id = $2 ORDER BY o.chunk_id",
+            &[run.into(), target.into()],
+        );
+        loop {
+            let rows = cursor.fetch(64)?;
+            if rows.is_empty() {
+                return Ok(chunks);
+            }
+            for row in rows {
+                let chunk: String = required(row["chunk_id"].value()?)?;
+                let entries: Vec<u8> = required(row["entries"].value()?)?;
+                let view = BlockView::parse(&entries)
+                    .map_err(|e| Error::corrupted("a ledger block is damaged").detail(e.to_string()))?;
+                let lost = view.digests().iter().filter(|d| gone.contains(*d)).count() as i64;
+                match chunks.last_mut() {
+                    _ if lost == 0 => {}
+                    Some((last, count)) if *last == chunk => *count += lost,
+                    _ => chunks.push((chunk, lost)),
+                }
+            }
+        }
+    })
+}

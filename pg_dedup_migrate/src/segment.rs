@@ -1,0 +1,243 @@
+//! Segments: immutable sorted sets of (content digest → location), packed into rows of `dedup.segment_block`.
+//!
+//! A segment is written whole by one transaction and never changed. Its id is drawn anew for every attempt, so an
+//! aborted attempt can leave dead rows but never rows that look like somebody else's. Rows are written natively:
+//! the statement triggers that mark the filter cold are for rows that come in any other way.
+use pg_dedup_record::block::{BlockBuilder, BlockView, Entry};
+use pg_dedup_record::digest::Digest;
+use pgrx::{IntoDatum, pg_sys};
+
+use crate::error::{Error, Result};
+use crate::relation::{self, Access, BytesDatum, Condition, Direction, IndexScan, Inserter, Snapshot, Table};
+
+/// What one row of `dedup.segment` says.
+#[derive(Clone, Debug)]
+pub struct Segment {
+    /// The segment's id.
+    pub id: i64,
+    /// 0: written by a chunk.
+    pub level: i32,
+    /// Tombstones among them.
+    pub tombstones: i64,
+    /// Rows in `dedup.segment_block`.
+    pub blocks: i32,
+    /// Highest ordinal among the entries.
+    pub last_ordinal: i64,
+}
+
+/// The next number of one of dedup's sequences.
+///
+/// # Errors
+/// 42P01 when the sequence is not there; the server's own ERROR without USAGE on it.
+pub fn next_number(sequence: &str) -> Result<i64> {
+    let oid = relation::own_oid(sequence)?;
+    // SAFETY: nextval(regclass), given a sequence's oid; it checks privileges itself.
+    let number = unsafe { pgrx::direct_function_call::<i64>(pg_sys::nextval_oid, &[oid.into_datum()]) };
+    number.ok_or_else(|| Error::corrupted(format!("dedup.{sequence} gave no number")))
+}
+
+/// Writes one segment; entries come sorted by (digest, ordinal).
+pub struct SegmentWriter<'a> {
+    id: i64,
+    target: i32,
+    level: i32,
+    rows: Inserter<'a>,
+    builder: BlockBuilder,
+    blocks: i32,
+    entries: i64,
+    tombstones: i64,
+    ordinals: Option<(u64, u64)>,
+}
+
+impl<'a> SegmentWriter<'a> {
+    /// Begins a segment of `target` in `blocks`, an open `dedup.segment_block`.
+    ///
+    /// # Errors
+    /// When no segment id can be drawn.
+    pub fn new(blocks: &'a Table, target: i32, level: i32) -> Result<Self> {
+        Ok(Self {
+            id: next_number("segment_id_seq")?,
+            target,
+            level,
+            rows: Inserter::new(blocks),
+            builder: BlockBuilder::new(),
+            blocks: 0,
+            entries: 0,
+            tombstones: 0,
+            ordinals: None,
+        })
+    }
+
+    /// Adds an entry.
+    ///
+    /// # Errors
+    /// XX000 for an entry that fits no block or is out of order.
+    pub fn push(&mut self, entry: &Entry<'_>) -> Result<()> {
+        if !self.builder.try_push(entry).map_err(internal)? {
+            self.flush()?;
+            if !self.builder.try_push(entry).map_err(internal)? {
+                return Err(Error::invalid("an entry does not fit a block").detail("The key is too long."));
+            }
+        }
+        self.entries += 1;
+        self.tombstones += i64::from(entry.stamp.tombstone);
+        let ordinal = entry.stamp.ordinal;
+        self.ordinals = Some(
+            self.ordinals.map_or((ordinal, ordinal), |(low, high)| (low.min(ordinal), high.max(ordinal))),
+        );
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        // An interrupt between blocks leaves nothing half done: the transaction goes with it.
+        pgrx::check_for_interrupts!();
+        let Some(first) = self.builder.first_digest() else { return Ok(()) };
+        let first = BytesDatum::new(first.as_bytes());
+        let entries = BytesDatum::new(&self.builder.finish());
+        self.rows.insert(&[self.id.into(), self.blocks.into(), first.datum(), entries.datum()]);
+        self.blocks += 1;
+        Ok(())
+    }
+
+    /// Writes the last block and the segment's own row in `segments`, an open `dedup.segment`. Without entries nothing is written.
+    ///
+    /// # Errors
+    /// As [`SegmentWriter::push`].
+    pub fn finish(mut self, segments: &Table) -> Result<Option<Segment>> {
+        self.flush()?;
+        let Some((low, high)) = self.ordinals else { return Ok(None) };
+        // SAFETY: clock call without arguments.
+        let now = unsafe { pg_sys::GetCurrentTimestamp() };
+        Inserter::new(segments).insert(&[
+            self.id.into(),
+            self.target.into(),
+            self.level.into(),
+            (low as i64).into(),
+            (high as i64).into(),
+            self.entries.into(),
+            self.tombstones.into(),
+            self.blocks.into(),
+            now.into(),
+        ]);
+        Ok(Some(Segment {
+            id: self.id,
+            level: self.level,
+            tombstones: self.tombstones,
+            blocks: self.blocks,
+            last_ordinal: high as i64,
+        }))
+    }
+}
+
+fn internal(error: pg_dedup_record::block::BlockError) -> Error {
+    Error::corrupted(format!("cannot pack an index entry: {error}"))
+}
+
+/// The segments of a target that the snapshot sees, newest first within a level, low levels first.
+///
+/// # Errors
+/// 42501 without SELECT on `dedup.segment`.
+pub fn segments_of(target: i32, snapshot: &Snapshot) -> Result<Vec<Segment>> {
+    let table = Table::open("segment", Access::Read)?;
+    let mut scan = IndexScan::new(&table, "segment_target", snapshot, 1)?;
+    scan.start(&[Condition::int4_eq(1, target)]);
+    let mut found = Vec::new();
+    while let Some(row) = scan.next(Direction::Forward) {
+        found.push(Segment {
+            id: row.int8(1)?,
+            level: row.int4(3)?,
+            tombstones: row.int8(7)?,
+            blocks: row.int4(8)?,
+            last_ordinal: row.int8(5)?,
+        });
+    }
+    found.sort_by_key(|s| (s.level, std::cmp::Reverse(s.id)));
+    Ok(found)
+}
+
+/// Reads the blocks of segments.
+pub struct BlockReader<'a> {
+    ascending: IndexScan<'a>,
+    seeking: IndexScan<'a>,
+}
+
+/// Name of the index that orders blocks by their first digest.
+const BLOCK_INDEX: &str = "segment_block_digest";
+
+impl<'a> BlockReader<'a> {
+    /// A reader of `blocks`, an open `dedup.segment_block`, as the snapshot sees it.
+    ///
+    /// # Errors
+    /// 42P01 when the index is not there.
+    pub fn new(blocks: &'a Table, snapshot: &'a Snapshot) -> Result<Self> {
+        Ok(Self {
+            ascending: IndexScan::new(blocks, BLOCK_INDEX, snapshot, 1)?,
+            seeking: IndexScan::new(blocks, BLOCK_INDEX, snapshot, 2)?,
+        })
+    }
+
+    /// Begins to read a segment from its first block.
+    pub fn start(&mut self, segment: i64) {
+        self.ascending.start(&[Condition::int8_eq(1, segment)]);
+    }
+
+    /// The next block in digest order, verified.
+    ///
+    /// # Errors
+    /// XX001 naming segment and block when its bytes are damaged.
+    pub fn next(&mut self) -> Result<Option<BlockView<'_>>> {
+        match self.ascending.next(Direction::Forward) {
+            Some(row) => parse(&row).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Begins to read, backwards, at the last block that can hold `digest`.
+    pub fn seek(&mut self, segment: i64, digest: &BytesDatum) {
+        self.seeking.start(&[Condition::int8_eq(1, segment), Condition::bytea_le(2, digest)]);
+    }
+
+    /// The next block, backwards, from where [`BlockReader::seek`] went.
+    ///
+    /// # Errors
+    /// As [`BlockReader::next`].
+    pub fn previous(&mut self) -> Result<Option<BlockView<'_>>> {
+        match self.seeking.next(Direction::Backward) {
+            Some(row) => parse(&row).map(Some),
+            None => Ok(None),
+        }
+    }
+}
+
+fn parse<'a>(row: &crate::relation::Row<'a>) -> Result<BlockView<'a>> {
+    BlockView::parse(row.plain_bytes(4)?).map_err(|error| {
+        let (segment, block) = (row.int8(1).unwrap_or(-1), row.int4(2).unwrap_or(-1));
+        Error::corrupted(format!("block {block} of segment {segment} is damaged"))
+            .detail(error.to_string())
+            .hint("restore dedup.segment_block from a backup, or rebuild the index with dedup.reindex_target")
+    })
+}
+
+/// Calls `visit` with every entry of a segment, in order.
+///
+/// # Errors
+/// XX001 for a damaged block; what `visit` returns.
+pub fn for_each_entry(
+    reader: &mut BlockReader<'_>,
+    segment: i64,
+    mut visit: impl FnMut(&Entry<'_>) -> Result<()>,
+) -> Result<()> {
+    reader.start(segment);
+    while let Some(block) = reader.next()? {
+        pgrx::check_for_interrupts!();
+        for i in 0..block.len() {
+            visit(&block.entry(i))?;
+        }
+    }
+    Ok(())
+}
+
+/// A digest as the record crate has it.
+pub fn digest(bytes: &[u8; 32]) -> Digest {
+    Digest(*bytes)
+}

@@ -1,0 +1,342 @@
+//! The upsert path: chunks whose keys already stand in the target.
+//!
+//! `match_keys` locks those rows, hashes them and says of each record what its key's row is. Whether a record is *unchanged* is decided
+//! from the locked row, never from the index. What is then overwritten or removed leaves a before image; the before images of a
+//! transaction are what `finish_chunk` retracts, so that a savepoint taken back takes its retractions with it.
+use std::collections::{HashMap, HashSet};
+
+use pg_dedup_record::checksum::Checksum;
+use pg_dedup_record::digest::Digest;
+use pg_dedup_record::wire;
+use pgrx::Uuid;
+use pgrx::datum::DatumWithOid;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
+
+use crate::chunk::{self, OpenChunk, required};
+use crate::error::{Error, Result};
+use crate::finish::draw_ordinal;
+use crate::hash::rows::{self, ScanSnapshot};
+use crate::keyset::{column_list, quote_ident};
+use crate::lookup;
+use crate::relation::Snapshot;
+
+/// What stands in the target under a record's key. The numbers are what `dedup.match_keys` answers, one byte a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Match {
+    /// No row.
+    Absent = 0,
+    /// A row equal in every column.
+    Unchanged = 1,
+    /// Another row, to be replaced.
+    Changed = 2,
+    /// Another row, written by this very pass: the second record with the key does not overwrite it.
+    Collision = 3,
+    /// An equal row, written by another chunk of this very pass: the record was delivered twice.
+    Redelivered = 4,
+    /// An equal row that this very chunk inserted when it finished before (it is done again for what was left over then).
+    Inserted = 5,
+    /// An equal row that this very chunk updated when it finished before.
+    Updated = 6,
+}
+
+/// What an earlier finish of the same chunk wrote and `match_keys` found equal: it counts in the books, but is not written again.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Standing {
+    /// Rows.
+    pub count: i64,
+    /// Sum of their row digests.
+    pub checksum: Checksum,
+}
+
+/// `dedup.match_keys`: what stands under each of the packed keys; locks the rows it finds.
+///
+/// # Errors
+/// 22023 for malformed arguments, 55000 without an open chunk, 55P03 after lock_timeout.
+#[pg_extern(volatile, parallel_unsafe)]
+fn match_keys(run: Uuid, chunk_id: &str, keys: &[u8], row_digests: &[u8]) -> Result<Vec<u8>, ErrorReport> {
+    let matches = chunk::with_open(run, chunk_id, |chunk| {
+        if chunk.claimed {
+            return Err(Error::state("match_keys comes before claim").hint("see the worker protocol"));
+        }
+        let keys = unpack_keys(keys)?;
+        let (digests, rest) = row_digests.as_chunks::<32>();
+        if digests.len() != keys.len() || !rest.is_empty() {
+            return Err(Error::invalid("there must be one row digest of 32 bytes a key"));
+        }
+        match_rows(chunk, &keys, digests)
+    })?;
+    Ok(matches.into_iter().map(|m| m as u8).collect())
+}
+
+fn unpack_keys(bytes: &[u8]) -> Result<Vec<&[u8]>> {
+    wire::keys(bytes)
+        .collect::<std::result::Result<_, _>>()
+        .map_err(|e| Error::invalid(format!("malformed keys: {e}")))
+}
+
+/// The work of [`match_keys`]; remembers in the chunk what its records are about to replace.
+///
+/// # Errors
+/// As there.
+pub fn match_rows(chunk: &mut OpenChunk, keys: &[&[u8]], row_digests: &[[u8; 32]]) -> Result<Vec<Match>> {
+    let mut matches = vec![Match::Absent; keys.len()];
+    let query = format!(
+        "SELECT {}, k.n FROM {} JOIN {} AS t ON {} ORDER BY k.n FOR NO KEY UPDATE OF t",
+        column_list(&chunk.layout, "t"),
+        chunk.key_types.unnest(),
+        chunk.target_name(),
+        chunk.key_types.join_condition()
+    );
+    // (content digest, position) of each row found.
+    let mut found: Vec<([u8; 32], u32)> = Vec::new();
+    rows::scan(&query, &chunk.key_types.arrays(keys)?, &chunk.layout, 1, ScanSnapshot::Fresh, |row| {
+        let n = required(row.trailing::<i64>(0)?)? as usize - 1;
+        let digests = row.digests()?;
+        matches[n] =
+            if digests.row.as_bytes() == &row_digests[n] { Match::Unchanged } else { Match::Changed };
+        found.push((*digests.content.as_bytes(), n as u32));
+        Ok(())
+    })?;
+    found.sort_unstable();
+
+    let updated_before = updated_before(chunk)?;
+    for (n, by_this_chunk) in written_by_this_pass(chunk, &found, keys)? {
+        let m = &mut matches[n as usize];
+        *m = match (*m, by_this_chunk) {
+            (Match::Unchanged, false) => Match::Redelivered,
+            (Match::Unchanged, true) => {
+                chunk.standing.count += 1;
+                chunk.standing.checksum.add(&Digest(row_digests[n as usize]));
+                if updated_before.contains(keys[n as usize]) { Match::Updated } else { Match::Inserted }
+            }
+            // The very record changed in the source since: it may replace itself.
+            (_, true) => Match::Changed,
+            (_, false) => Match::Collision,
+        };
+    }
+    chunk.leaving = found
+        .into_iter()
+        .filter(|&(_, n)| matches[n as usize] == Match::Changed)
+        .map(|(digest, n)| (digest, keys[n as usize].to_vec()))
+        .collect();
+    chunk.leaving.sort_unstable();
+    Ok(matches)
+}
+
+/// Keys of the rows that earlier finishes of this chunk updated.
+fn updated_before(chunk: &OpenChunk) -> Result<HashSet<Vec<u8>>> {
+    Spi::connect(|client| {
+        client
+            .select(
+                "SELECT key FROM dedup.before_images WHERE run_id = $1 AND chunk_id = $2 AND action = 'update'",
+                None,
+                &[chunk.run.into(), chunk.chunk_id.as_str().into()],
+            )?
+            .into_iter()
+            .map(|row| required(row["key"].value()?))
+            .collect()
+    })
+}
+
+/// Positions of the rows found whose entry carries an ordinal of this run's current pass, and whether it is this very chunk's.
+fn written_by_this_pass(
+    chunk: &OpenChunk,
+    found: &[([u8; 32], u32)],
+    keys: &[&[u8]],
+) -> Result<Vec<(u32, bool)>> {
+    let ordinals: HashMap<u64, bool> = Spi::connect(|client| -> Result<_> {
+        client
+            .select(
+                "SELECT ordinal, chunk_id FROM dedup.ordinals WHERE run_id = $1 AND pass = $2 AND target_id = $3",
+                None,
+                &[chunk.run.into(), chunk.pass.into(), chunk.target_id.into()],
+            )?
+            .into_iter()
+            .map(|row| {
+                let ordinal: i64 = required(row["ordinal"].value()?)?;
+                Ok((ordinal as u64, row["chunk_id"].value::<String>()?.as_ref() == Some(&chunk.chunk_id)))
+            })
+            .collect()
+    })?;
+    let Some(&oldest) = ordinals.keys().min() else { return Ok(Vec::new()) };
+
+    let mut digests: Vec<[u8; 32]> = found.iter().map(|(digest, _)| *digest).collect();
+    digests.dedup();
+    let wanted: Vec<u32> = (0..digests.len() as u32).collect();
+    let places =
+        lookup::places_since(chunk.target_id, &digests, &wanted, oldest as i64, &Snapshot::latest())?;
+    let mut written = Vec::new();
+    for (i, places) in places {
+        let digest = &digests[i as usize];
+        let start = found.partition_point(|(d, _)| d < digest);
+        for &(_, n) in found[start..].iter().take_while(|(d, _)| d == digest) {
+            let place = lookup::standing(&places).find(|p| p.key == keys[n as usize]);
+            written.extend(
+                place.and_then(|p| ordinals.get(&p.ordinal)).map(|&by_this_chunk| (n, by_this_chunk)),
+            );
+        }
+    }
+    Ok(written)
+}
+
+fn staging_name(chunk: &OpenChunk) -> String {
+    format!("pg_temp.dedup_upsert_{}", chunk.target_id)
+}
+
+/// `dedup.upsert_staging`: a temporary table, dropped at commit, that takes changed rows in layout order; returns its name.
+///
+/// # Errors
+/// 55000 without an open chunk, 42501 without TEMPORARY on the database.
+#[pg_extern(volatile, parallel_unsafe)]
+fn upsert_staging(run: Uuid, chunk_id: &str) -> Result<String, ErrorReport> {
+    Ok(chunk::with_open(run, chunk_id, |chunk| stage(chunk))?)
+}
+
+/// The work of [`upsert_staging`].
+///
+/// # Errors
+/// As there.
+pub fn stage(chunk: &OpenChunk) -> Result<String> {
+    let name = staging_name(chunk);
+    Spi::run(&format!("DROP TABLE IF EXISTS {name}"))?;
+    let columns = column_list(&chunk.layout, "t");
+    Spi::run(&format!(
+        "CREATE TEMPORARY TABLE {} ON COMMIT DROP AS SELECT {columns} FROM {} AS t WITH NO DATA",
+        &name["pg_temp.".len()..],
+        chunk.target_name()
+    ))?;
+    Ok(name)
+}
+
+/// `dedup.apply_upserts`: replaces the rows that stand under the staged records' keys, keeping before images; empties the staging table.
+///
+/// # Errors
+/// Whatever the target refuses the new rows with; 55000 when a staged key has no row.
+#[pg_extern(volatile, parallel_unsafe)]
+fn apply_upserts(run: Uuid, chunk_id: &str) -> Result<i64, ErrorReport> {
+    Ok(chunk::with_open(run, chunk_id, apply)?)
+}
+
+/// The work of [`apply_upserts`].
+///
+/// # Errors
+/// As there.
+pub fn apply(chunk: &mut OpenChunk) -> Result<i64> {
+    let staging = staging_name(chunk);
+    let target = chunk.target_name();
+    let same_key = chunk.key_types.same_key_condition("t", "s");
+    let images = keep_before_images(
+        chunk,
+        &format!("{staging} AS s JOIN {target} AS t ON {same_key}"),
+        &[],
+        "update",
+    )?;
+    let assignments: Vec<String> = (0..chunk.layout.columns.len())
+        .filter(|i| !chunk.layout.key.contains(i))
+        .map(|i| quote_ident(&chunk.layout.columns[i].name))
+        .map(|column| format!("{column} = s.{column}"))
+        .collect();
+    let updated = execute(
+        &format!("UPDATE {target} AS t SET {} FROM {staging} AS s WHERE {same_key}", assignments.join(", ")),
+        &[],
+    )?;
+    let staged = execute(&format!("DELETE FROM {staging}"), &[])?;
+    if updated != staged || images != staged {
+        return Err(Error::state(format!(
+            "{updated} of {staged} changed rows of {target} could be replaced"
+        ))
+        .hint("look for a trigger, rule or policy that hides or drops rows of the target"));
+    }
+    Ok(updated)
+}
+
+/// `dedup.delete_superseded`: removes the rows under the packed keys, whose records now carry content that other rows have already.
+///
+/// # Errors
+/// Whatever the target refuses the deletion with (23503 where a foreign key points at the row).
+#[pg_extern(volatile, parallel_unsafe)]
+fn delete_superseded(run: Uuid, chunk_id: &str, keys: &[u8]) -> Result<i64, ErrorReport> {
+    Ok(chunk::with_open(run, chunk_id, |chunk| delete(chunk, &unpack_keys(keys)?))?)
+}
+
+/// The work of [`delete_superseded`].
+///
+/// # Errors
+/// As there.
+pub fn delete(chunk: &mut OpenChunk, keys: &[&[u8]]) -> Result<i64> {
+    let arrays = chunk.key_types.arrays(keys)?;
+    let target = chunk.target_name();
+    let (unnest, condition) = (chunk.key_types.unnest(), chunk.key_types.join_condition());
+    let images =
+        keep_before_images(chunk, &format!("{unnest} JOIN {target} AS t ON {condition}"), &arrays, "delete")?;
+    let deleted = execute(&format!("DELETE FROM {target} AS t USING {unnest} WHERE {condition}"), &arrays)?;
+    if deleted != keys.len() as i64 || images != deleted {
+        return Err(Error::state(format!(
+            "{deleted} of {} superseded rows of {target} could be removed",
+            keys.len()
+        ))
+        .hint("look for a trigger, rule or policy that hides or keeps rows of the target"));
+    }
+    Ok(deleted)
+}
+
+/// Stores the rows `t` of `from` as they are now; returns how many.
+fn keep_before_images(
+    chunk: &mut OpenChunk,
+    from: &str,
+    arguments: &[DatumWithOid<'_>],
+    action: &str,
+) -> Result<i64> {
+    /// Images are written in batches of about this many bytes.
+    const BATCH_BYTES: usize = 8 << 20;
+    let ordinal = draw_ordinal(chunk)?;
+    let (mut keys, mut hashes, mut images): (Vec<Vec<u8>>, Vec<Vec<u8>>, Vec<Vec<u8>>) = Default::default();
+    let mut bytes = 0;
+    let mut kept = 0;
+    let mut flush = |keys: &mut Vec<Vec<u8>>,
+                     hashes: &mut Vec<Vec<u8>>,
+                     images: &mut Vec<Vec<u8>>|
+     -> Result<()> {
+        kept += keys.len() as i64;
+        Ok(Spi::run_with_args(
+            "INSERT INTO dedup.before_images (ordinal, target_id, run_id, chunk_id, action, key, content_hash, image) \
+             SELECT $1, $2, $3, $4, $5, u.key, u.hash, u.image \
+             FROM ROWS FROM (pg_catalog.unnest($6), pg_catalog.unnest($7), pg_catalog.unnest($8)) AS u(key, hash, image)",
+            &[
+                ordinal.into(),
+                chunk.target_id.into(),
+                chunk.run.into(),
+                chunk.chunk_id.as_str().into(),
+                action.into(),
+                std::mem::take(keys).into(),
+                std::mem::take(hashes).into(),
+                std::mem::take(images).into(),
+            ],
+        )?)
+    };
+    let query = format!("SELECT {} FROM {from}", column_list(&chunk.layout, "t"));
+    rows::scan(&query, arguments, &chunk.layout, 0, ScanSnapshot::Fresh, |row| {
+        let mut image = Vec::new();
+        row.write_tuple(&mut image)?;
+        bytes += image.len();
+        let mut key = Vec::new();
+        row.write_key(&mut key)?;
+        keys.push(key);
+        hashes.push(row.digests()?.content.as_bytes().to_vec());
+        images.push(image);
+        if bytes > BATCH_BYTES {
+            bytes = 0;
+            flush(&mut keys, &mut hashes, &mut images)?;
+        }
+        Ok(())
+    })?;
+    flush(&mut keys, &mut hashes, &mut images)?;
+    Ok(kept)
+}
+
+/// Runs a statement with typed arguments; returns the rows it touched.
+fn execute(query: &str, arguments: &[DatumWithOid<'_>]) -> Result<i64> {
+    Spi::connect_mut(|client| Ok(client.update(query, None, arguments)?.len() as i64))
+}

@@ -1,0 +1,118 @@
+-- Leases: who works on which chunk. Each of these commits on its own.
+
+CREATE FUNCTION dedup.heartbeat(worker uuid, run uuid, info jsonb DEFAULT '{}') RETURNS text
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    INSERT INTO dedup.workers AS w (worker_id, run_id, heartbeat_at, info) VALUES (worker, run, clock_timestamp(), coalesce(info, '{}'))
+    ON CONFLICT (worker_id) DO UPDATE SET heartbeat_at = clock_timestamp(), info = excluded.info, run_id = excluded.run_id;
+    RETURN (SELECT r.status FROM dedup.runs AS r WHERE r.run_id = run);
+END $$;
+COMMENT ON FUNCTION dedup.heartbeat(uuid, uuid, jsonb) IS 'a worker''s sign of life; returns the run''s status';
+
+-- A worker that is stopped, not dead, keeps its row locks and claims; only ending its backend frees them.
+CREATE FUNCTION dedup.end_stale_leases(run uuid) RETURNS int
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    lease_time interval := make_interval(secs => coalesce((dedup.run_row(run)).options ->> 'lease_seconds', '60')::float8);
+    stale record;
+    ended int := 0;
+BEGIN
+    FOR stale IN
+        SELECT c.chunk_id, c.backend_pid, c.backend_start, c.worker_id, c.lease FROM dedup.checkpoints AS c LEFT JOIN dedup.workers AS w USING (worker_id)
+        WHERE c.run_id = run AND c.status = 'syncing' AND c.written_at IS NULL
+            AND clock_timestamp() > greatest(c.leased_at, w.heartbeat_at) + lease_time
+    LOOP
+        PERFORM pg_terminate_backend(a.pid, 5000) FROM pg_stat_activity AS a
+        WHERE a.pid = stale.backend_pid AND a.backend_start = stale.backend_start AND a.pid <> pg_backend_pid();
+        -- The row is free now, unless the worker finished or somebody else took the chunk over meanwhile.
+        UPDATE dedup.checkpoints AS c SET status = 'pending', not_before = NULL
+        WHERE c.run_id = run AND c.chunk_id = stale.chunk_id AND c.status = 'syncing' AND c.lease = stale.lease AND c.written_at IS NULL;
+        IF FOUND THEN
+            ended := ended + 1;
+            PERFORM dedup.log_event(run, stale.chunk_id, 'lease_expired', jsonb_build_object('worker', stale.worker_id, 'backend_pid', stale.backend_pid));
+        END IF;
+    END LOOP;
+    RETURN ended;
+END $$;
+COMMENT ON FUNCTION dedup.end_stale_leases(uuid) IS 'takes chunks from workers without a heartbeat, ending their backends first';
+
+CREATE FUNCTION dedup.lease_chunk(run uuid, worker uuid, OUT chunk_id text, OUT chunk_no int, OUT table_id int, OUT range_kind text,
+    OUT range_lower text[], OUT range_upper text[], OUT lease uuid, OUT attempt int) RETURNS SETOF record
+LANGUAGE plpgsql ROWS 1 SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    r dedup.runs := dedup.run_row(run);
+    picked dedup.checkpoints;
+BEGIN
+    IF r.status = 'created' THEN
+        PERFORM dedup.set_run_status(run, '{created,running}', 'running', 'run_started');
+    ELSIF r.status <> 'running' THEN
+        RETURN;
+    END IF;
+    PERFORM dedup.end_stale_leases(run);
+    SELECT c.* INTO picked FROM dedup.checkpoints AS c JOIN dedup.run_tables AS t ON t.run_id = c.run_id AND t.table_id = c.table_id
+    WHERE c.run_id = run AND c.status = 'pending' AND (c.not_before IS NULL OR c.not_before <= clock_timestamp())
+        AND (t.depends_on = '{}' OR NOT EXISTS (SELECT FROM dedup.checkpoints AS parent
+             WHERE parent.run_id = run AND parent.table_id = ANY (t.depends_on) AND parent.status IN ('pending', 'syncing')))
+    ORDER BY c.chunk_no FOR UPDATE OF c SKIP LOCKED LIMIT 1;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+    UPDATE dedup.checkpoints AS c
+    SET status = 'syncing', lease = gen_random_uuid(), worker_id = worker, leased_at = clock_timestamp(), started_at = clock_timestamp(),
+        attempts = c.attempts + 1, backend_pid = pg_backend_pid(),
+        backend_start = (SELECT a.backend_start FROM pg_stat_get_activity(pg_backend_pid()) AS a),
+        error_sqlstate = NULL, error_message = NULL, error_hint = NULL
+    WHERE c.run_id = run AND c.chunk_id = picked.chunk_id
+    RETURNING c.chunk_id, c.chunk_no, c.table_id, c.range_kind, c.range_lower, c.range_upper, c.lease, c.attempts
+    INTO chunk_id, chunk_no, table_id, range_kind, range_lower, range_upper, lease, attempt;
+    RETURN NEXT;
+END $$;
+COMMENT ON FUNCTION dedup.lease_chunk(uuid, uuid) IS 'takes the next chunk for a worker, on the connection that will write it; no row: nothing to take now';
+
+-- A retry waits 0.5 s, 1 s, 2 s … up to 30 s, with jitter, and is given up after max_attempts.
+CREATE FUNCTION dedup.fail_chunk(run uuid, chunk_id text, lease uuid, sqlstate text, message text, detail text DEFAULT NULL,
+    hint text DEFAULT NULL, retry bool DEFAULT false) RETURNS text
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    limit_attempts int := coalesce(((dedup.run_row(run)).options ->> 'max_attempts')::int, 5);
+    new_status text;
+BEGIN
+    UPDATE dedup.checkpoints AS c
+    SET status = CASE WHEN retry AND c.attempts < limit_attempts THEN 'pending' ELSE 'failed' END,
+        not_before = clock_timestamp() + make_interval(secs => least(30, 0.5 * 2 ^ (c.attempts - 1)) * (0.5 + random())),
+        error_sqlstate = fail_chunk.sqlstate, error_message = left(fail_chunk.message, 2000), error_hint = left(fail_chunk.hint, 2000)
+    WHERE c.run_id = run AND c.chunk_id = fail_chunk.chunk_id AND c.lease = fail_chunk.lease AND c.status = 'syncing'
+    RETURNING c.status INTO new_status;
+    IF new_status IS NULL THEN
+        RETURN 'fenced';
+    END IF;
+    PERFORM dedup.log_event(run, chunk_id, CASE new_status WHEN 'failed' THEN 'chunk_failed' ELSE 'chunk_retried' END,
+        jsonb_build_object('sqlstate', sqlstate, 'message', left(message, 2000)));
+    RETURN new_status;
+END $$;
+COMMENT ON FUNCTION dedup.fail_chunk(uuid, text, uuid, text, text, text, text, bool) IS 'gives a chunk back: pending when it is worth a retry, else failed; fenced: it was no longer ours';
+
+CREATE FUNCTION dedup.requeue(run uuid, what text, chunk text DEFAULT NULL) RETURNS int
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    r dedup.runs := dedup.run_row(run);
+    n int;
+BEGIN
+    IF what IS NULL OR what NOT IN ('failed', 'quarantined') THEN
+        RAISE EXCEPTION 'cannot requeue %', coalesce(quote_literal(what), 'NULL') USING ERRCODE = 'invalid_parameter_value',
+            HINT = 'What is ''failed'' or ''quarantined''.';
+    END IF;
+    IF r.status NOT IN ('running', 'paused', 'failed', 'done') THEN
+        RAISE EXCEPTION 'run % is %', run, r.status USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+    UPDATE dedup.checkpoints AS c SET status = 'pending', attempts = 0, not_before = NULL, written_at = NULL
+    WHERE c.run_id = run AND (chunk IS NULL OR c.chunk_id = chunk)
+        AND CASE what WHEN 'failed' THEN c.status = 'failed' ELSE c.status = 'verified' AND c.quarantined_count > 0 END;
+    GET DIAGNOSTICS n = ROW_COUNT;
+    IF n > 0 AND r.status IN ('failed', 'done') THEN
+        PERFORM dedup.set_run_status(run, '{failed,done}', 'running', 'run_resumed');
+    END IF;
+    PERFORM dedup.log_event(run, chunk, 'requeued', jsonb_build_object('what', what, 'chunks', n));
+    RETURN n;
+END $$;
+COMMENT ON FUNCTION dedup.requeue(uuid, text, text) IS 'tries failed chunks, or chunks with quarantined records, again; returns how many';

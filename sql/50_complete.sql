@@ -1,0 +1,46 @@
+-- The end of a run.
+
+CREATE FUNCTION dedup.needs_index(run uuid, table_id int) RETURNS bool
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT g.indexed_at IS NULL FROM dedup.run_tables AS t JOIN dedup.targets AS g USING (target_id)
+    WHERE t.run_id = run AND t.table_id = needs_index.table_id
+$$;
+COMMENT ON FUNCTION dedup.needs_index(uuid, int) IS 'were the rows that stand in the target never hashed';
+
+-- No run is done before every loser whose survivor is gone was written: its chunk is done again, which writes what is left over.
+CREATE FUNCTION dedup.complete_run(run uuid) RETURNS text
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET synchronous_commit = on AS $$
+DECLARE
+    old text := (dedup.run_row(run)).status;
+    open_chunks bigint;
+    failed_chunks bigint;
+    reopened bigint;
+BEGIN
+    PERFORM 1 FROM dedup.runs AS r WHERE r.run_id = run FOR UPDATE;
+    SELECT count(*) FILTER (WHERE c.status IN ('pending', 'syncing')), count(*) FILTER (WHERE c.status = 'failed')
+    INTO open_chunks, failed_chunks FROM dedup.checkpoints AS c WHERE c.run_id = run;
+    IF old NOT IN ('created', 'running', 'failed') OR open_chunks > 0 THEN
+        RETURN old;
+    END IF;
+    IF failed_chunks = 0 THEN
+        UPDATE dedup.checkpoints AS c SET status = 'pending', attempts = 0, not_before = NULL, written_at = NULL
+        FROM dedup.orphans(run) AS o WHERE c.run_id = run AND c.chunk_id = o.chunk_id;
+        GET DIAGNOSTICS reopened = ROW_COUNT;
+        IF reopened > 0 THEN
+            PERFORM dedup.log_event(run, NULL, 'orphan_pass', jsonb_build_object('chunks', reopened));
+            RETURN dedup.set_run_status(run, '{created,running,failed}', 'running', 'run_resumed');
+        END IF;
+    END IF;
+    RETURN dedup.set_run_status(run, '{created,running,failed}', CASE WHEN failed_chunks > 0 THEN 'failed' ELSE 'done' END, 'run_finished');
+END $$;
+COMMENT ON FUNCTION dedup.complete_run(uuid) IS 'ends a run whose chunks are all verified (done) or given up (failed); running: chunks were reopened by the orphan pass';
+
+-- One refused record; called inside the chunk's transaction.
+CREATE FUNCTION dedup.quarantine_record(run uuid, chunk_id text, source_key bytea, sqlstate text, reason text, message text, record bytea)
+RETURNS void LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+    INSERT INTO dedup.quarantine (run_id, chunk_id, table_id, pass, source_key, sqlstate, reason, message, record)
+    SELECT run, quarantine_record.chunk_id, c.table_id, r.pass, dedup.key_text(t.target_id, quarantine_record.source_key), sqlstate, reason, left(message, 2000), record
+    FROM dedup.checkpoints AS c JOIN dedup.runs AS r USING (run_id) JOIN dedup.run_tables AS t USING (run_id, table_id)
+    WHERE c.run_id = run AND c.chunk_id = quarantine_record.chunk_id
+$$;
+COMMENT ON FUNCTION dedup.quarantine_record(uuid, text, bytea, text, text, text, bytea) IS 'sets one refused record aside, with why';
