@@ -1,0 +1,77 @@
+//! A source and a target cluster with one database each: what nearly every test begins with.
+
+use crate::cluster::{Cluster, PRELOAD};
+use crate::db::Db;
+use crate::sidecar::Invocation;
+
+/// Name of the database on either side.
+pub const DATABASE: &str = "it";
+
+/// Two clusters and a connection to each.
+pub struct Pair {
+    /// Where records come from: a plain server.
+    pub source_cluster: Cluster,
+    /// Where they go: a server with the extension preloaded.
+    pub target_cluster: Cluster,
+    /// Connection to the source.
+    pub source: Db,
+    /// Connection to the target; the extension is created.
+    pub target: Db,
+}
+
+impl Pair {
+    /// Starts both.
+    pub async fn start() -> Self {
+        Pair::start_with(&[]).await
+    }
+
+    /// Starts both, the target with further lines of `postgresql.conf`.
+    pub async fn start_with(target_settings: &[&str]) -> Self {
+        let mut settings = vec![PRELOAD];
+        settings.extend_from_slice(target_settings);
+        let source_cluster = Cluster::start(&[]);
+        let target_cluster = Cluster::start(&settings);
+        for cluster in [&source_cluster, &target_cluster] {
+            Db::connect(cluster, "postgres").await.exec(&format!("CREATE DATABASE {DATABASE}")).await;
+        }
+        let source = Db::connect(&source_cluster, DATABASE).await;
+        let target = Db::connect(&target_cluster, DATABASE).await;
+        target.exec("CREATE EXTENSION pg_dedup_migrate").await;
+        Pair { source_cluster, target_cluster, source, target }
+    }
+
+    /// Runs the same statements on both sides: for table definitions.
+    pub async fn both(&self, sql: &str) {
+        self.source.exec(sql).await;
+        self.target.exec(sql).await;
+    }
+
+    /// `pg-dedup-migrate COMMAND --source … --target …`.
+    pub fn sidecar(&self, command: &str) -> Invocation {
+        Invocation::new(command)
+            .arg("--source")
+            .arg(self.source_cluster.url(DATABASE))
+            .arg("--target")
+            .arg(self.target_cluster.url(DATABASE))
+    }
+
+    /// `run` of some tables, with chunks small enough that a test has several.
+    pub fn run(&self, tables: &[&str]) -> Invocation {
+        tables.iter().fold(self.sidecar("run"), |run, table| run.arg("--table").arg(*table))
+    }
+
+    /// `run --resume last`.
+    pub fn resume(&self) -> Invocation {
+        self.sidecar("run").arg("--resume").arg("last")
+    }
+
+    /// A further connection to the target.
+    pub async fn target_again(&self) -> Db {
+        Db::connect(&self.target_cluster, DATABASE).await
+    }
+
+    /// Reconnects to the target after a restart.
+    pub async fn reconnect_target(&mut self) {
+        self.target = self.target_again().await;
+    }
+}

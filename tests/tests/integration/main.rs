@@ -1,0 +1,15 @@
+//! Everything that needs a server: one binary, one private pair of clusters a test, a module a subject.
+
+mod bad_input;
+mod crash;
+mod harness;
+mod keys;
+mod migrate;
+mod names;
+mod protocol;
+mod quarantine;
+mod second_run;
+mod shapes;
+mod sql_source;
+mod stop;
+mod types;

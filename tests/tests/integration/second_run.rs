@@ -1,0 +1,290 @@
+//! A source that lives on, and targets that hold rows already: what a later run may change, and what it must not
+//! believe.
+
+use integration::check::{Books, LAST_RUN, Table, assert_books, assert_exact, assert_index};
+use integration::cluster::{Cluster, Stop};
+use integration::db::Db;
+use integration::pair::{DATABASE, Pair};
+use integration::sidecar::{Invocation, exit};
+
+const NOTES: Table<'_> =
+    Table { source: "public.notes", target: "public.notes", content: &["body"], columns: &["id", "body"] };
+
+/// A pair whose source holds `(id, body)` rows.
+async fn notes(rows: &str) -> Pair {
+    let pair = Pair::start().await;
+    pair.both("CREATE TABLE public.notes (id int PRIMARY KEY, body text)").await;
+    pair.source.exec(&format!("INSERT INTO public.notes VALUES {rows}; ANALYZE public.notes")).await;
+    pair
+}
+
+fn run(pair: &Pair) -> Invocation {
+    pair.run(&["public.notes"]).args(&["--content-columns", "public.notes:body"]).workers(1)
+}
+
+async fn contents(db: &Db) -> Vec<String> {
+    db.column("SELECT body FROM public.notes ORDER BY body").await
+}
+
+/// The target holds each content of the source once, and index and rows agree.
+async fn assert_current(pair: &Pair) {
+    assert_eq!(contents(&pair.target).await, {
+        let mut wanted = contents(&pair.source).await;
+        wanted.dedup();
+        wanted
+    });
+    assert_exact(&pair.source, &pair.target, &NOTES).await;
+    assert_index(&pair.target, &NOTES).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unchanged_data_writes_nothing() {
+    let pair = notes("(1, 'a'), (2, 'b'), (3, 'a'), (4, 'c')").await;
+    run(&pair).exits(exit::DONE).await;
+    let before = pair.target.texts("SELECT ctid, xmin, id FROM public.notes ORDER BY id").await;
+    run(&pair).exits(exit::DONE).await;
+    assert_books(&pair.target, Books { source: 4, unchanged: 3, duplicate: 1, ..Books::default() }).await;
+    assert_eq!(pair.target.texts("SELECT ctid, xmin, id FROM public.notes ORDER BY id").await, before);
+    assert_current(&pair).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_row_is_updated_and_its_old_content_forgotten() {
+    let pair = notes("(1, 'a'), (2, 'b')").await;
+    run(&pair).exits(exit::DONE).await;
+    pair.source.exec("UPDATE public.notes SET body = 'a, revised' WHERE id = 1").await;
+    run(&pair).exits(exit::DONE).await;
+    assert_books(&pair.target, Books { source: 2, updated: 1, unchanged: 1, ..Books::default() }).await;
+    let images = pair.target.column("SELECT action FROM dedup.before_images").await;
+    assert_eq!(images, ["update"]);
+    assert_current(&pair).await;
+
+    // What the row was before is nobody's any more: a record with it is written, not dropped.
+    pair.source.exec("INSERT INTO public.notes VALUES (3, 'a')").await;
+    run(&pair).exits(exit::DONE).await;
+    assert_books(&pair.target, Books { source: 3, inserted: 1, unchanged: 2, ..Books::default() }).await;
+    assert_current(&pair).await;
+}
+
+/// Keys 1 and 2 share content X, 1 survives; then 1 becomes Y. X must stay, under 2, whichever chunk came first.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_loser_outlives_its_survivor() {
+    for changed in [1, 2] {
+        let pair = notes("(1, 'X'), (2, 'X'), (3, 'other')").await;
+        run(&pair).exits(exit::DONE).await;
+        pair.source.exec(&format!("UPDATE public.notes SET body = 'Y' WHERE id = {changed}")).await;
+        run(&pair).exits(exit::DONE).await;
+        assert_current(&pair).await;
+    }
+}
+
+/// The same with the two keys in chunks of their own, the survivor's first or last.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_loser_outlives_its_survivor_across_chunks() {
+    for survivor in [1, 4_000] {
+        let pair = notes("(0, 'start')").await;
+        pair.source
+            .exec(
+                "INSERT INTO public.notes SELECT n, 'filler ' || n || repeat('.', 100) FROM generate_series(1, 4000) AS n; \
+                 UPDATE public.notes SET body = 'X' WHERE id IN (1, 4000); ANALYZE public.notes",
+            )
+            .await;
+        let loser = 4_001 - survivor;
+        // Only one of the two is there at first, so it is the survivor.
+        let first = run(&pair).arg("--where").arg(format!("public.notes:id <> {loser}"));
+        first.exits(exit::DONE).await;
+        let chunked = run(&pair).chunk_size("50kB");
+        chunked.exits(exit::DONE).await;
+        assert_current(&pair).await;
+        pair.source.exec(&format!("UPDATE public.notes SET body = 'Y' WHERE id = {survivor}")).await;
+        chunked.exits(exit::DONE).await;
+        assert_current(&pair).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn contents_swapped_between_two_keys() {
+    let pair = notes("(1, 'left'), (2, 'right'), (3, 'a'), (4, 'b'), (5, 'c')").await;
+    run(&pair).exits(exit::DONE).await;
+    pair.source
+        .exec(
+            "UPDATE public.notes SET body = CASE id WHEN 1 THEN 'right' WHEN 2 THEN 'left' \
+             WHEN 3 THEN 'b' WHEN 4 THEN 'c' ELSE 'a' END",
+        )
+        .await;
+    run(&pair).exits(exit::DONE).await;
+    assert_current(&pair).await;
+    let rows = pair.target.column("SELECT id || ' ' || body FROM public.notes ORDER BY id").await;
+    assert_eq!(rows, ["1 right", "2 left", "3 b", "4 c", "5 a"]);
+}
+
+/// The row whose key now carries what another row has already goes, with a before image.
+#[tokio::test(flavor = "multi_thread")]
+async fn new_content_that_another_row_has() {
+    let pair = notes("(1, 'a'), (2, 'b')").await;
+    run(&pair).exits(exit::DONE).await;
+    pair.source.exec("UPDATE public.notes SET body = 'b' WHERE id = 1").await;
+    run(&pair).exits(exit::DONE).await;
+    assert_books(&pair.target, Books { source: 2, unchanged: 1, duplicate: 1, ..Books::default() }).await;
+    assert_eq!(pair.target.column("SELECT action FROM dedup.before_images").await, ["delete"]);
+    assert_current(&pair).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_with_rows_of_its_own() {
+    let pair = notes("(1, 'a'), (2, 'b'), (3, 'there already'), (4, 'c')").await;
+    pair.target.exec("INSERT INTO public.notes VALUES (2, 'old b'), (900, 'there already')").await;
+    run(&pair).exits(exit::DONE).await;
+    let expected = Books { source: 4, inserted: 2, updated: 1, duplicate: 1, ..Books::default() };
+    assert_books(&pair.target, expected).await;
+    let rows = pair.target.column("SELECT id || ' ' || body FROM public.notes ORDER BY id").await;
+    assert_eq!(rows, ["1 a", "2 b", "4 c", "900 there already"]);
+    let images: i64 =
+        pair.target.one("SELECT count(*) FROM dedup.before_images WHERE action = 'update'").await;
+    assert_eq!(images, 1);
+    assert_index(&pair.target, &NOTES).await;
+}
+
+/// Refused with the functions that help; never "all unchanged", never a row.
+async fn assert_refused(pair: &Pair, rows: i64) {
+    let output = run(pair).exits(exit::ERROR).await;
+    output.says("reindex_target").says("forget_target");
+    assert_eq!(pair.target.one::<i64>("SELECT count(*) FROM public.notes").await, rows);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_truncated_target() {
+    let pair = notes("(1, 'a'), (2, 'b')").await;
+    run(&pair).exits(exit::DONE).await;
+    pair.target.exec("TRUNCATE public.notes").await;
+    assert_refused(&pair, 0).await;
+    pair.target.exec("SELECT dedup.reindex_target('public.notes')").await;
+    run(&pair).exits(exit::DONE).await;
+    assert_books(&pair.target, Books { source: 2, inserted: 2, ..Books::default() }).await;
+    assert_current(&pair).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_dropped_and_created_again() {
+    let pair = notes("(1, 'a'), (2, 'b')").await;
+    run(&pair).exits(exit::DONE).await;
+    pair.target
+        .exec("DROP TABLE public.notes; CREATE TABLE public.notes (id int PRIMARY KEY, body text)")
+        .await;
+    // Another table as far as PostgreSQL is concerned: nothing is known of it, and nothing is believed.
+    run(&pair).exits(exit::DONE).await;
+    assert_books(&pair.target, Books { source: 2, inserted: 2, ..Books::default() }).await;
+    assert_current(&pair).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_column_of_another_type() {
+    let pair = notes("(1, 'a'), (2, 'b')").await;
+    run(&pair).exits(exit::DONE).await;
+    pair.target.exec("ALTER TABLE public.notes ALTER body TYPE varchar(100)").await;
+    run(&pair).exits(exit::ERROR).await.says("forget_target");
+    pair.target.exec("SELECT dedup.forget_target('public.notes')").await;
+    run(&pair).exits(exit::DONE).await;
+    assert_books(&pair.target, Books { source: 2, unchanged: 2, ..Books::default() }).await;
+    assert_current(&pair).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn other_content_columns() {
+    let pair = notes("(1, 'a'), (2, 'b')").await;
+    run(&pair).exits(exit::DONE).await;
+    pair.run(&["public.notes"])
+        .args(&["--content-columns", "public.notes:id,body"])
+        .exits(exit::ERROR)
+        .await
+        .says("forget_target");
+    assert_current(&pair).await;
+}
+
+/// Two databases of one cluster share memory and no digest; neither do a template and its copy.
+#[tokio::test(flavor = "multi_thread")]
+async fn other_databases_of_the_cluster() {
+    let pair = notes("(1, 'a'), (2, 'b'), (3, 'a')").await;
+    run(&pair).exits(exit::DONE).await;
+
+    pair.target.exec("CREATE DATABASE other").await;
+    let other = Db::connect(&pair.target_cluster, "other").await;
+    other
+        .exec("CREATE EXTENSION pg_dedup_migrate; CREATE TABLE public.notes (id int PRIMARY KEY, body text)")
+        .await;
+    from(&pair.source_cluster, &pair.target_cluster, "other").exits(exit::DONE).await;
+    assert_exact(&pair.source, &other, &NOTES).await;
+    assert_index(&other, &NOTES).await;
+
+    let template = Db::connect(&pair.target_cluster, "postgres").await;
+    drop(pair.target);
+    template
+        .exec(&format!(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = '{DATABASE}'; "
+        ))
+        .await;
+    template.exec(&format!("CREATE DATABASE copied TEMPLATE {DATABASE}")).await;
+    let copied = Db::connect(&pair.target_cluster, "copied").await;
+    // The copy knows what the template knew: the same again is unchanged, and new content is new in both.
+    from(&pair.source_cluster, &pair.target_cluster, "copied").exits(exit::DONE).await;
+    assert_books(&copied, Books { source: 3, unchanged: 2, duplicate: 1, ..Books::default() }).await;
+    pair.source.exec("INSERT INTO public.notes VALUES (4, 'd'), (5, 'b')").await;
+    for database in ["copied", DATABASE] {
+        let db = Db::connect(&pair.target_cluster, database).await;
+        from(&pair.source_cluster, &pair.target_cluster, database).exits(exit::DONE).await;
+        assert_exact(&pair.source, &db, &NOTES).await;
+        assert_index(&db, &NOTES).await;
+    }
+}
+
+/// A run from the pair's source into another database of the target cluster.
+fn from(source: &Cluster, target: &Cluster, database: &str) -> Invocation {
+    Invocation::new("run")
+        .arg("--source")
+        .arg(source.url(DATABASE))
+        .arg("--target")
+        .arg(target.url(database))
+        .args(&["--table", "public.notes", "--content-columns", "public.notes:body"])
+}
+
+/// Dumped and restored into a server that runs: dedup stays exact, with a filter that never saw the rows.
+#[tokio::test(flavor = "multi_thread")]
+async fn restored_from_a_dump() {
+    let pair = notes("(1, 'a'), (2, 'b'), (3, 'a'), (4, 'c')").await;
+    run(&pair).exits(exit::DONE).await;
+    let file = pair.target_cluster.dir().join("dump");
+    let file = file.to_string_lossy();
+    pair.target_cluster.program("pg_dump", &["-Fc", "-f", &file, DATABASE]);
+    pair.target.exec("CREATE DATABASE restored").await;
+    pair.target_cluster.program("pg_restore", &["-d", "restored", "--exit-on-error", &file]);
+    let restored = Db::connect(&pair.target_cluster, "restored").await;
+    pair.source.exec("INSERT INTO public.notes VALUES (5, 'c'), (6, 'new')").await;
+    let output = from(&pair.source_cluster, &pair.target_cluster, "restored").output().await;
+    if output.code != Some(exit::DONE) {
+        // The rows are in other files than those the entries were made of: it may ask to look first.
+        assert_eq!(output.code, Some(exit::ERROR), "{}", output.describe());
+        output.says("reindex_target");
+        restored.exec("SELECT dedup.reindex_target('public.notes')").await;
+        from(&pair.source_cluster, &pair.target_cluster, "restored").exits(exit::DONE).await;
+    }
+    assert_exact(&pair.source, &restored, &NOTES).await;
+    assert_index(&restored, &NOTES).await;
+    let inserted: i64 = restored
+        .one(&format!("SELECT sum(inserted_count)::bigint FROM dedup.checkpoints WHERE run_id = {LAST_RUN}"))
+        .await;
+    assert_eq!(inserted, 1, "only what is new is written");
+}
+
+/// The server restarted between two runs: what was known is known, from the segments.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_restart() {
+    let mut pair = notes("(1, 'a'), (2, 'b'), (3, 'a')").await;
+    run(&pair).exits(exit::DONE).await;
+    for how in [Stop::Fast, Stop::Immediate] {
+        pair.target_cluster.restart(how);
+        pair.reconnect_target().await;
+        run(&pair).exits(exit::DONE).await;
+        assert_books(&pair.target, Books { source: 3, unchanged: 2, duplicate: 1, ..Books::default() }).await;
+        assert_current(&pair).await;
+    }
+}

@@ -1,0 +1,167 @@
+//! Migrations in SQL alone, from whatever the target database can see.
+
+use integration::check::{Books, Table, assert_books, assert_exact, assert_first_run, assert_index};
+use integration::data::{Content, NARROW_COLUMNS, NARROW_CONTENT, narrow_rows, narrow_table};
+use integration::db::Db;
+use integration::pair::{DATABASE, Pair};
+
+const RECORDS: Table<'_> = Table {
+    source: "public.records",
+    target: "public.records",
+    content: NARROW_CONTENT,
+    columns: NARROW_COLUMNS,
+};
+
+/// Plans a run of one table with many chunks; returns its id.
+async fn plan(target: &Db, source: &str, into: &str) -> String {
+    let run: String = target.one("SELECT dedup.create_run('in SQL')::text").await;
+    target
+        .exec(&format!(
+            "SELECT dedup.add_table('{run}', '{source}', '{into}', content_columns => ARRAY['{}'])",
+            NARROW_CONTENT.join("', '")
+        ))
+        .await;
+    let chunks: i32 = target.one(&format!("SELECT dedup.plan_chunks('{run}', 200000)")).await;
+    assert!(chunks >= 4, "{chunks} chunks");
+    run
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_local_table() {
+    let pair = Pair::start().await;
+    pair.target.exec(&narrow_table("public.raw")).await;
+    pair.target.exec(&narrow_table("public.records")).await;
+    pair.target.exec(&narrow_rows("public.raw", 1, 12_000, "n", &Content::RepeatsFar)).await;
+    let run = plan(&pair.target, "public.raw", "public.records").await;
+    pair.target.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+    let table = Table { source: "public.raw", ..RECORDS };
+    assert_first_run(&pair.target, &pair.target, &table).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn through_postgres_fdw() {
+    let pair = Pair::start().await;
+    pair.both(&narrow_table("public.records")).await;
+    pair.source.exec(&narrow_rows("public.records", 1, 12_000, "n", &Content::RepeatsFar)).await;
+    pair.target
+        .exec(&format!(
+            "CREATE EXTENSION postgres_fdw; \
+             CREATE SERVER source FOREIGN DATA WRAPPER postgres_fdw OPTIONS (host '{}', port '{}', dbname '{DATABASE}'); \
+             CREATE USER MAPPING FOR postgres SERVER source OPTIONS (user 'postgres'); \
+             CREATE SCHEMA far; IMPORT FOREIGN SCHEMA public FROM SERVER source INTO far",
+            pair.source_cluster.dir().display(),
+            pair.source_cluster.port()
+        ))
+        .await;
+    let run = plan(&pair.target, "far.records", "public.records").await;
+    pair.target.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+    assert_first_run(&pair.source, &pair.target, &RECORDS).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn through_file_fdw() {
+    let pair = Pair::start().await;
+    pair.source.exec(&narrow_table("public.records")).await;
+    pair.target.exec(&narrow_table("public.records")).await;
+    pair.source.exec(&narrow_rows("public.records", 1, 6_000, "n", &Content::RepeatsFar)).await;
+    let file = pair.target_cluster.dir().join("records.csv");
+    // Both servers run as one user, so one can write what the other reads.
+    pair.source.exec(&format!("COPY public.records TO '{}' (FORMAT csv)", file.display())).await;
+    pair.target
+        .exec(&format!(
+            "CREATE EXTENSION file_fdw; CREATE SERVER files FOREIGN DATA WRAPPER file_fdw; \
+             CREATE FOREIGN TABLE public.file (id bigint, label text, amount numeric(12,2), happened_at timestamptz, \
+                flags int[], body bytea) SERVER files OPTIONS (filename '{}', format 'csv')",
+            file.display()
+        ))
+        .await;
+    let run = plan(&pair.target, "public.file", "public.records").await;
+    pair.target.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+    assert_exact(&pair.source, &pair.target, &RECORDS).await;
+    assert_index(&pair.target, &RECORDS).await;
+}
+
+/// Chunk by chunk in sessions of their own, at the same time.
+#[tokio::test(flavor = "multi_thread")]
+async fn chunks_in_two_sessions() {
+    let pair = Pair::start().await;
+    pair.target.exec(&narrow_table("public.raw")).await;
+    pair.target.exec(&narrow_table("public.records")).await;
+    pair.target.exec(&narrow_rows("public.raw", 1, 12_000, "n", &Content::TenContents)).await;
+    let run = plan(&pair.target, "public.raw", "public.records").await;
+    let chunks = pair.target.column("SELECT chunk_id FROM dedup.checkpoints ORDER BY chunk_no").await;
+    let mut tasks = Vec::new();
+    for half in 0..2 {
+        let session = pair.target_again().await;
+        let run = run.clone();
+        let mine: Vec<String> = chunks.iter().skip(half).step_by(2).cloned().collect();
+        tasks.push(tokio::spawn(async move {
+            for chunk in mine {
+                session.exec(&format!("SELECT * FROM dedup.migrate_chunk('{run}', '{chunk}')")).await;
+            }
+        }));
+    }
+    for task in tasks {
+        task.await.expect("a session's task");
+    }
+    let table = Table { source: "public.raw", ..RECORDS };
+    assert_exact(&pair.target, &pair.target, &table).await;
+    assert_index(&pair.target, &table).await;
+    let open: i64 =
+        pair.target.one("SELECT count(*) FROM dedup.checkpoints WHERE status <> 'verified'").await;
+    assert_eq!(open, 0);
+}
+
+/// A chunk that fails inside an exception block leaves no claim, no row and no entry behind; done again in the same
+/// transaction it is whole.
+#[tokio::test(flavor = "multi_thread")]
+async fn inside_an_exception_block() {
+    let pair = Pair::start().await;
+    pair.target.exec(&narrow_table("public.raw")).await;
+    pair.target.exec(&narrow_table("public.records")).await;
+    pair.target.exec(&narrow_rows("public.raw", 1, 6_000, "n", &Content::RepeatsNeighbour)).await;
+    let run = plan(&pair.target, "public.raw", "public.records").await;
+    pair.target
+        .exec(&format!(
+            "DO $$ DECLARE chunk text; BEGIN \
+               FOR chunk IN SELECT chunk_id FROM dedup.checkpoints ORDER BY chunk_no LOOP \
+                 BEGIN \
+                   PERFORM dedup.migrate_chunk('{run}', chunk); \
+                   RAISE EXCEPTION 'undo'; \
+                 EXCEPTION WHEN raise_exception THEN NULL; END; \
+                 IF EXISTS (SELECT FROM dedup.checkpoints WHERE chunk_id = chunk AND status = 'verified') THEN \
+                   RAISE 'the chunk is still verified'; \
+                 END IF; \
+                 PERFORM dedup.migrate_chunk('{run}', chunk); \
+               END LOOP; \
+             END $$"
+        ))
+        .await;
+    let table = Table { source: "public.raw", ..RECORDS };
+    assert_exact(&pair.target, &pair.target, &table).await;
+    assert_index(&pair.target, &table).await;
+}
+
+/// The whole run in one transaction that is rolled back: as if it had never been.
+#[tokio::test(flavor = "multi_thread")]
+async fn rolled_back_as_a_whole() {
+    let pair = Pair::start().await;
+    pair.target.exec(&narrow_table("public.raw")).await;
+    pair.target.exec(&narrow_table("public.records")).await;
+    pair.target.exec(&narrow_rows("public.raw", 1, 6_000, "n", &Content::RepeatsFar)).await;
+    let run = plan(&pair.target, "public.raw", "public.records").await;
+    pair.target
+        .exec(&format!(
+            "BEGIN; SELECT dedup.migrate_chunk('{run}', chunk_id) FROM dedup.checkpoints ORDER BY chunk_no; ROLLBACK"
+        ))
+        .await;
+    assert_eq!(pair.target.one::<i64>("SELECT count(*) FROM public.records").await, 0);
+    pair.target.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+    let table = Table { source: "public.raw", ..RECORDS };
+    assert_first_run(&pair.target, &pair.target, &table).await;
+    assert_books(
+        &pair.target,
+        Books { source: 6_000, inserted: 4_500, duplicate: 1_500, ..Books::default() },
+    )
+    .await;
+}
