@@ -226,10 +226,11 @@ COMMENT ON COLUMN dedup.segment.created_at IS 'when it was written';
 CREATE TABLE dedup.segment_block (
     segment_id       bigint NOT NULL,
     block_no         int NOT NULL,
-    first_digest     bytea STORAGE PLAIN NOT NULL,
-    entries          bytea STORAGE PLAIN NOT NULL
+    first_digest     bytea NOT NULL,
+    entries          bytea NOT NULL
 ) WITH (autovacuum_vacuum_scale_factor = 0.05);
 CREATE INDEX segment_block_digest ON dedup.segment_block (segment_id, first_digest);
+ALTER TABLE dedup.segment_block ALTER first_digest SET STORAGE PLAIN, ALTER entries SET STORAGE PLAIN;
 COMMENT ON TABLE  dedup.segment_block IS 'packed entries of the segments, one page a row; rows are never updated';
 COMMENT ON COLUMN dedup.segment_block.segment_id IS 'the segment, in dedup.segment';
 COMMENT ON COLUMN dedup.segment_block.block_no IS 'position in the segment, from 0';
@@ -241,11 +242,12 @@ CREATE TABLE dedup.ledger_block (
     target_id        int NOT NULL REFERENCES dedup.targets,
     ordinal          bigint NOT NULL,
     block_no         int NOT NULL,
-    first_digest     bytea STORAGE PLAIN NOT NULL,
-    entries          bytea STORAGE PLAIN NOT NULL,
+    first_digest     bytea NOT NULL,
+    entries          bytea NOT NULL,
     PRIMARY KEY (ordinal, block_no)
 );
 CREATE INDEX ledger_block_digest ON dedup.ledger_block (target_id, first_digest);
+ALTER TABLE dedup.ledger_block ALTER first_digest SET STORAGE PLAIN, ALTER entries SET STORAGE PLAIN;
 COMMENT ON TABLE  dedup.ledger_block IS 'the dropped duplicates of each chunk, packed; dedup.duplicates unpacks them';
 COMMENT ON COLUMN dedup.ledger_block.target_id IS 'the target, in dedup.targets';
 COMMENT ON COLUMN dedup.ledger_block.ordinal IS 'of the chunk that dropped them, in dedup.ordinals';
@@ -325,10 +327,17 @@ COMMENT ON COLUMN dedup.events.kind IS 'what happened';
 COMMENT ON COLUMN dedup.events.actor IS 'role that did it';
 COMMENT ON COLUMN dedup.events.detail IS 'more, by kind; never record values';
 
-SELECT pg_catalog.pg_extension_config_dump(name, '')
-FROM unnest(ARRAY['dedup.ordinal_seq', 'dedup.segment_id_seq', 'dedup.targets_target_id_seq', 'dedup.quarantine_quarantine_id_seq',
+DO $$
+DECLARE
+    name regclass;
+BEGIN
+    FOREACH name IN ARRAY ARRAY['dedup.ordinal_seq', 'dedup.segment_id_seq', 'dedup.targets_target_id_seq', 'dedup.quarantine_quarantine_id_seq',
     'dedup.events_event_id_seq', 'dedup.targets', 'dedup.runs', 'dedup.run_tables', 'dedup.workers', 'dedup.checkpoints', 'dedup.ordinals',
-    'dedup.segment', 'dedup.segment_block', 'dedup.ledger_block', 'dedup.before_images', 'dedup.quarantine', 'dedup.events']::regclass[]) AS name;
+    'dedup.segment', 'dedup.segment_block', 'dedup.ledger_block', 'dedup.before_images', 'dedup.quarantine', 'dedup.events']::regclass[]
+    LOOP
+        PERFORM pg_catalog.pg_extension_config_dump(name, '');
+    END LOOP;
+END $$;
 
 -- The log is append-only for everybody who is not a superuser switching triggers off.
 CREATE FUNCTION dedup.refuse_change() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$

@@ -253,14 +253,14 @@ CREATE FUNCTION dedup.lock_class() RETURNS int LANGUAGE sql IMMUTABLE AS $$ SELE
 COMMENT ON FUNCTION dedup.lock_class() IS 'first key of this extension''s advisory locks';
 
 -- Entries describe rows of certain files; other files mean TRUNCATE, a rewrite, DROP and CREATE, or a restore.
-CREATE FUNCTION dedup.check_filenodes(target int) RETURNS void
+CREATE FUNCTION dedup.check_filenodes(target_number int) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     t dedup.targets;
     now_nodes jsonb;
     gone text;
 BEGIN
-    SELECT * INTO t FROM dedup.targets AS x WHERE x.target_id = target;
+    SELECT * INTO t FROM dedup.targets AS x WHERE x.target_id = target_number;
     now_nodes := dedup.leaf_filenodes(t.target);
     -- A leaf that was added since holds rows no run wrote; a leaf that is gone or has another file invalidates entries.
     SELECT string_agg(coalesce(to_regclass(n.key::oid::regclass::text)::text, n.key), ', ') INTO gone

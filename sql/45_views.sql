@@ -17,7 +17,7 @@ COMMENT ON COLUMN dedup.duplicates.survivor IS 'URI of the row that holds its co
 CREATE VIEW dedup.progress AS
 SELECT r.run_id, r.name, r.status, r.started_at,
     c.chunks, c.verified, c.syncing, c.failed, c.pending,
-    round(100.0 * c.done_weight / nullif(c.weight, 0), 1) AS percent,
+    round((100.0 * c.done_weight / nullif(c.weight, 0))::numeric, 1) AS percent,
     c.source_count, c.inserted_count, c.updated_count, c.unchanged_count, c.duplicate_count, c.quarantined_count, c.source_bytes,
     round((c.source_bytes / nullif(t.seconds, 0) / 1e6)::numeric, 1) AS mb_per_second,
     round((c.source_count / nullif(t.seconds, 0))::numeric) AS records_per_second,

@@ -63,10 +63,8 @@ pub fn digests_of(bytes: &[u8]) -> Result<Digests<'_>> {
 pub fn claim(chunk: &OpenChunk, digests: Digests<'_>) -> Result<Vec<Verdict>> {
     let scope = chunk.scope();
     let mut verdicts = vec![Verdict::New; digests.len()];
-    let warm = chunk::filter_is_warm()?;
-
     // 1. Probe.
-    let suspects: Vec<u32> = if warm {
+    let suspects: Vec<u32> = if chunk::filter_is_warm()? {
         let mut perhaps = Vec::new();
         filter::probe_sorted(scope, digests.iter(), &mut perhaps)?;
         (0..digests.len() as u32).filter(|&i| perhaps[i as usize]).collect()
@@ -97,20 +95,31 @@ pub fn claim(chunk: &OpenChunk, digests: Digests<'_>) -> Result<Vec<Verdict>> {
     }
 
     // 3. Recheck.
-    for i in recheck(chunk, digests, &ours, warm)? {
+    for i in recheck(chunk, digests, &ours, Trust::Filter)? {
         verdicts[i as usize] = Verdict::Duplicate;
     }
     claim_blocked_retractions(scope, blocked)?;
     Ok(verdicts)
 }
 
+/// What may spare a digest the second look-up.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Trust {
+    /// A warm filter's "absent".
+    Filter,
+    /// Nothing: every digest is looked up.
+    Nothing,
+}
+
 /// Sets the filter bits of what is ours and looks up what had them set; gives claims of present digests back and returns those digests.
-fn recheck(chunk: &OpenChunk, digests: Digests<'_>, ours: &[u32], warm: bool) -> Result<Vec<u32>> {
+fn recheck(chunk: &OpenChunk, digests: Digests<'_>, ours: &[u32], trust: Trust) -> Result<Vec<u32>> {
     let scope = chunk.scope();
+    // Asked after the sweep: entries that came in past us since the probe have marked the filter cold.
+    let believed = trust == Trust::Filter && chunk::filter_is_warm()?;
     let mut seen = Vec::new();
     filter::set_sorted(scope, ours.iter().map(|&i| &digests[i as usize]), &mut seen)?;
     let suspects: Vec<u32> =
-        ours.iter().zip(seen).filter(|(_, seen)| *seen || !warm).map(|(&i, _)| i).collect();
+        ours.iter().zip(seen).filter(|(_, seen)| *seen || !believed).map(|(&i, _)| i).collect();
     let found = lookup::present(chunk.target_id, digests, &suspects, &chunk.leaving, &Snapshot::latest())?;
     let present: Vec<u32> = suspects.into_iter().filter(|&i| found[i as usize]).collect();
     let given_back: Vec<[u8; 32]> = present
@@ -184,7 +193,7 @@ pub fn resolve(chunk: &OpenChunk, digests: Digests<'_>) -> Result<Vec<Verdict>> 
         }
         // Between the look-up and the sweep an owner may have committed: the snapshot after the sweep decides. Every digest is looked up,
         // whatever the filter says: pending ones are few.
-        for i in recheck(chunk, digests, &ours, false)? {
+        for i in recheck(chunk, digests, &ours, Trust::Nothing)? {
             verdicts[i as usize] = Verdict::Duplicate;
         }
         if let Some(owner) = owner {

@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 use pg_dedup_record::block::{BlockView, Entry};
 
 use crate::error::Result;
-use crate::relation::{Access, BytesDatum, Snapshot, Table};
+use crate::relation::{Access, Snapshot, Table};
 use crate::segment::{self, BlockReader, Segment};
 
 /// A seek costs about as much as merging past this many blocks (index descent and rescan against one sequential block).
@@ -131,7 +131,7 @@ fn seek(
     for &i in open {
         pgrx::check_for_interrupts!();
         let wanted = &digests[i as usize];
-        reader.seek(segment.id, &BytesDatum::new(wanted));
+        reader.seek(segment.id, wanted);
         while let Some(block) = reader.previous()? {
             visit(&block, 0, i, digests, hit)?;
             // Entries of one digest may begin in an earlier block only if this one begins with it.

@@ -142,7 +142,7 @@ impl Condition {
         }
     }
 
-    /// bytea column <= value; the datum must outlive the scan
+    /// bytea column <= value. The scan keeps a reference: the value must live, unmoved, until the scan is restarted or ends.
     pub fn bytea_le(column: i16, value: &BytesDatum) -> Self {
         Self {
             column,

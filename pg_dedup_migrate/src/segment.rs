@@ -159,6 +159,8 @@ pub fn segments_of(target: i32, snapshot: &Snapshot) -> Result<Vec<Segment>> {
 pub struct BlockReader<'a> {
     ascending: IndexScan<'a>,
     seeking: IndexScan<'a>,
+    /// What the seeking scan compares with, by reference: it must live until the next seek.
+    sought: BytesDatum,
 }
 
 /// Name of the index that orders blocks by their first digest.
@@ -173,6 +175,7 @@ impl<'a> BlockReader<'a> {
         Ok(Self {
             ascending: IndexScan::new(blocks, BLOCK_INDEX, snapshot, 1)?,
             seeking: IndexScan::new(blocks, BLOCK_INDEX, snapshot, 2)?,
+            sought: BytesDatum::new(&[]),
         })
     }
 
@@ -193,8 +196,9 @@ impl<'a> BlockReader<'a> {
     }
 
     /// Begins to read, backwards, at the last block that can hold `digest`.
-    pub fn seek(&mut self, segment: i64, digest: &BytesDatum) {
-        self.seeking.start(&[Condition::int8_eq(1, segment), Condition::bytea_le(2, digest)]);
+    pub fn seek(&mut self, segment: i64, digest: &[u8; 32]) {
+        self.sought = BytesDatum::new(digest);
+        self.seeking.start(&[Condition::int8_eq(1, segment), Condition::bytea_le(2, &self.sought)]);
     }
 
     /// The next block, backwards, from where [`BlockReader::seek`] went.

@@ -1,1 +1,95 @@
-fn main() {}
+//! `pg-dedup-migrate`: the worker of pg_dedup_migrate.
+//!
+//! ```text
+//!   cli ─▶ config ─▶ run ─┬─ setup ─▶ catalog, select, source, plan     a run is created and planned
+//!                         ├─ resume                                     or taken up
+//!                         ├─ worker × N ─▶ read ─▶ fold ─▶ chunk ─▶ write    chunk after chunk
+//!                         │      └─ heartbeat, progress, stop
+//!                         └─ finish ─▶ summary                          sequences, VACUUM, the books
+//! ```
+//!
+//! | module | idea |
+//! |---|---|
+//! | [`cli`], [`config`] | what is to be done: flags and a TOML file |
+//! | [`names`] | SQL names: read, folded, quoted |
+//! | [`conninfo`], [`tls`], [`conn`] | connections as libpq has them |
+//! | [`error`] | what can go wrong and what is done about it |
+//! | [`catalog`], [`select`], [`source`] | how a source table is read in the target's types |
+//! | [`plan`] | where chunks begin |
+//! | [`setup`], [`resume`], [`runs`], [`tables`] | runs: created, found, taken up, described |
+//! | [`protocol`] | the calls of docs/protocol.md |
+//! | [`worker`], [`read`], [`fold`], [`chunk`], [`write`] | one chunk, end to end |
+//! | [`heartbeat`], [`progress`], [`stop`], [`failpoint`] | beside it |
+//! | [`finish`], [`summary`], [`status`], [`doctor`] | after it, and before |
+#![forbid(unsafe_code)]
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+use crate::cli::{Cli, Command};
+use crate::config::Job;
+use crate::error::Result;
+use crate::stop::Stop;
+
+mod catalog;
+mod chunk;
+mod cli;
+mod config;
+mod conn;
+mod conninfo;
+mod doctor;
+mod error;
+mod failpoint;
+mod finish;
+mod fold;
+mod heartbeat;
+mod names;
+mod plan;
+mod progress;
+mod protocol;
+mod read;
+mod resume;
+mod run;
+mod runs;
+mod select;
+mod setup;
+mod source;
+mod status;
+mod stop;
+mod summary;
+mod tables;
+mod tls;
+mod worker;
+mod write;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = EnvFilter::try_from_env("PG_DEDUP_MIGRATE_LOG")
+        .unwrap_or_else(|_| EnvFilter::new("warn,pg_dedup_migrate=info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_target(false)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(|| progress::LogWriter)
+        .init();
+    match command(&cli.command).await {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("{}", error.report());
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+async fn command(command: &Command) -> Result<u8> {
+    match command {
+        Command::Run(args) => run::run(&Job::of_run(args)?, args.resume.as_deref(), Stop::listen()?).await,
+        Command::Work(args) => run::work(&Job::of_work(args)?, &args.run, Stop::listen()?).await,
+        Command::Status(args) => status::status(&Job::of_status(args)?, args.run.as_deref()).await,
+        Command::Doctor(args) => doctor::doctor(&Job::of_doctor(args)?).await,
+    }
+}

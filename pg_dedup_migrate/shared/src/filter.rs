@@ -164,7 +164,7 @@ fn unset_by_one_key() -> f64 {
 /// Keys a block at this fill. Keys fall on blocks at random (Poisson with mean λ), so a bit is
 /// unset with probability E[q^N] = exp(-λ(1-q)), q being [`unset_by_one_key`].
 fn keys_a_block(fill: f64) -> f64 {
-    -(1.0 - fill).ln() / (1.0 - unset_by_one_key())
+    (1.0 - fill).ln().abs() / (1.0 - unset_by_one_key())
 }
 
 /// False-positive rate at λ keys a block: E[(1 - q^N)^7] over a Poisson distributed N, expanded by the

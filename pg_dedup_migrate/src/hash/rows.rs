@@ -28,9 +28,6 @@ pub enum ScanSnapshot {
     Fresh,
     /// As [`ScanSnapshot::Fresh`], but committed rows are seen as of now under REPEATABLE READ too. Read-only.
     Latest,
-    /// The snapshot that is active already: that of the calling statement, or one the caller has pushed.
-    /// Read-only.
-    Active,
 }
 
 /// Runs `query` and calls `on_row` for each row; returns how many there were.
@@ -362,8 +359,6 @@ impl SpiSession {
                     pg_sys::CommandCounterIncrement();
                     pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot());
                 }
-                ScanSnapshot::Active if pg_sys::ActiveSnapshotSet() => {}
-                ScanSnapshot::Active => return Err(Error::state("no snapshot is active")),
             }
         }
         // SAFETY: plan and options are valid, and so is `receiver` by this function's contract.

@@ -196,7 +196,7 @@ fn refused(reason: Refused, slots: usize) -> Error {
     match reason {
         Refused::Full => Error::new(PgSqlErrorCode::ERRCODE_CONFIGURATION_LIMIT_EXCEEDED, "claims table is full")
             .detail(format!(
-                "All transactions together can hold claims on about {} content hashes.",
+                "All transactions together can hold claims on at most {} content hashes.",
                 capacity(slots)
             ))
             .hint("Raise pg_dedup_migrate.claims_size and restart the server, or run smaller chunks or fewer workers."),

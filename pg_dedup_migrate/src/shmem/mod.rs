@@ -24,8 +24,6 @@
 //!
 //! Memory of this kind can be had only at server start. In a session that loads the library later,
 //! [`attached`] is an error that says what to do, nothing can be claimed, and nothing is warm.
-// Ahead of its callers: the chunk protocol.
-#![allow(dead_code)]
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, Ordering};

@@ -1,0 +1,190 @@
+//! The command line. A TOML file can say the same ([`crate::config`]); flags win.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Migrates PostgreSQL tables into a PostgreSQL target, every distinct record exactly once, every chunk verified.
+#[derive(Debug, Parser)]
+#[command(name = "pg-dedup-migrate", version, propagate_version = true)]
+#[command(
+    after_help = "Exit codes: 0 done; 1 error; 2 usage; 3 done, with records in quarantine; 4 mismatches, halted; 130 interrupted."
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Plan a run and work on it, or go on with one (--resume)
+    Run(RunArgs),
+    /// Join a run from another process or host
+    Work(WorkArgs),
+    /// Show runs, or one run: progress, books, failed chunks
+    Status(StatusArgs),
+    /// Check everything before anything is written, and say what to change
+    Doctor(DoctorArgs),
+}
+
+/// Where the flags can also be said.
+#[derive(Debug, Args, Default)]
+pub struct FileArgs {
+    /// TOML file that says the same as the flags
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Print JSON on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// The two servers. What a URL leaves out comes from the PG* environment variables and ~/.pgpass, as in libpq.
+#[derive(Debug, Args, Default)]
+pub struct EndpointArgs {
+    /// Source: URL or key=value string; passwords are better in ~/.pgpass or PGPASSWORD
+    #[arg(long, value_name = "URL")]
+    pub source: Option<String>,
+    /// Target: URL or key=value string
+    #[arg(long, value_name = "URL")]
+    pub target: Option<String>,
+}
+
+/// Which tables, and how.
+#[derive(Debug, Args, Default)]
+pub struct TableArgs {
+    /// Table to migrate, with its target where the name differs
+    #[arg(long = "table", value_name = "SOURCE[=TARGET]")]
+    pub tables: Vec<String>,
+    /// Migrate every table of a source schema
+    #[arg(long = "schema", value_name = "SCHEMA")]
+    pub schemas: Vec<String>,
+    /// Columns whose equality makes two records duplicates
+    #[arg(long, value_name = "TABLE:COLUMN,...")]
+    pub content_columns: Vec<String>,
+    /// Columns left out of that comparison
+    #[arg(long, value_name = "TABLE:COLUMN,...")]
+    pub exclude_columns: Vec<String>,
+    /// Key to use where the target has several unique indexes
+    #[arg(long, value_name = "TABLE:COLUMN,...")]
+    pub key_columns: Vec<String>,
+    /// Migrate only these records; SQL on the source
+    #[arg(long = "where", value_name = "TABLE:SQL")]
+    pub filters: Vec<String>,
+    /// Compute a column on the source instead of reading it
+    #[arg(long = "transform", value_name = "TABLE:COLUMN=SQL")]
+    pub transforms: Vec<String>,
+}
+
+/// Flags of `run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    #[command(flatten)]
+    pub file: FileArgs,
+    #[command(flatten)]
+    pub endpoints: EndpointArgs,
+    #[command(flatten)]
+    pub tables: TableArgs,
+    /// Name of the run (default: the source database's name)
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Workers in this process [default: 2]
+    #[arg(long, value_name = "N")]
+    pub workers: Option<u16>,
+    /// Bytes a chunk, as the source sends them [default: 100MB]
+    #[arg(long, value_name = "BYTES")]
+    pub chunk_size: Option<String>,
+    /// Records that may be refused in a chunk before the chunk is failed [default: 10000]
+    #[arg(long, value_name = "N")]
+    pub error_budget: Option<u64>,
+    /// Go on with a run: its id, a unique prefix of it, its name, or "last"
+    #[arg(long, value_name = "RUN")]
+    pub resume: Option<String>,
+    /// Take the rows that stand in a target as not there: don't hash them before the first chunk
+    #[arg(long)]
+    pub no_index_existing: bool,
+}
+
+/// Flags of `work`.
+#[derive(Debug, Args)]
+pub struct WorkArgs {
+    /// The run: its id, a unique prefix of it, its name, or "last"
+    pub run: String,
+    #[command(flatten)]
+    pub file: FileArgs,
+    #[command(flatten)]
+    pub endpoints: EndpointArgs,
+    /// Workers in this process [default: 2]
+    #[arg(long, value_name = "N")]
+    pub workers: Option<u16>,
+    /// Records that may be refused in a chunk before the chunk is failed [default: as the run was created with]
+    #[arg(long, value_name = "N")]
+    pub error_budget: Option<u64>,
+}
+
+/// Flags of `status`.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// The run: its id, a unique prefix of it, its name, or "last"; without it the runs are listed
+    pub run: Option<String>,
+    #[command(flatten)]
+    pub file: FileArgs,
+    /// Target: URL or key=value string
+    #[arg(long, value_name = "URL")]
+    pub target: Option<String>,
+}
+
+/// Flags of `doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    #[command(flatten)]
+    pub file: FileArgs,
+    #[command(flatten)]
+    pub endpoints: EndpointArgs,
+    #[command(flatten)]
+    pub tables: TableArgs,
+    /// Workers planned [default: 2]
+    #[arg(long, value_name = "N")]
+    pub workers: Option<u16>,
+    /// Bytes a chunk planned [default: 100MB]
+    #[arg(long, value_name = "BYTES")]
+    pub chunk_size: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_run_is_read() {
+        let cli = Cli::try_parse_from([
+            "pg-dedup-migrate",
+            "run",
+            "--source",
+            "postgres:///a",
+            "--target",
+            "postgres:///b",
+            "--table",
+            "public.t",
+            "--table",
+            "u=v",
+            "--where",
+            "t:a > 1",
+            "--workers",
+            "4",
+        ])
+        .unwrap();
+        let Command::Run(run) = cli.command else { panic!("not a run") };
+        assert_eq!(run.tables.tables, ["public.t", "u=v"]);
+        assert_eq!(run.tables.filters, ["t:a > 1"]);
+        assert_eq!(run.workers, Some(4));
+    }
+}

@@ -1,0 +1,241 @@
+//! What `doctor` looks at on the servers themselves.
+
+use super::{Findings, Level};
+use crate::config::Job;
+use crate::conn::{Endpoint, Role, Session};
+use crate::error::{At, Result};
+use crate::plan::MAX_RECORDS;
+
+/// Oldest source that is read: `pg_control_system`, `pg_current_wal_lsn`, identity columns.
+const OLDEST_SOURCE: i32 = 100_000;
+/// Oldest and newest target that the extension is built for.
+const TARGETS: std::ops::Range<i32> = 150_000..190_000;
+
+/// The source: version, encoding, standby, connections, large objects.
+pub async fn check_source(
+    endpoint: &Endpoint,
+    source: &Session,
+    job: &Job,
+    findings: &mut Findings,
+) -> Result<()> {
+    let version = source.version().await?;
+    let level = if version < OLDEST_SOURCE { Level::Blocker } else { Level::Ok };
+    findings.add(level, "source", format!("{}, server version {}", endpoint.place(), shown(version)));
+    check_encoding(source, findings).await?;
+    if flag(source, "SELECT pg_catalog.pg_is_in_recovery()").await? {
+        findings
+            .add(
+                Level::Warning,
+                "source",
+                "a standby: a chunk's query may be cancelled by recovery conflicts",
+            )
+            .hint(
+                "hot_standby_feedback = on, or max_standby_streaming_delay longer than a chunk takes to read",
+            );
+    }
+    if flag(source, "SELECT EXISTS (SELECT FROM pg_catalog.pg_largeobject_metadata)").await? {
+        findings.add(
+            Level::Warning,
+            "source",
+            "large objects are not migrated; columns of type oid only name them",
+        );
+    }
+    check_pooler(endpoint, source, findings).await?;
+    // A reader each, a planner each while planning, and one that asks or keeps a snapshot.
+    check_connections(source, i64::from(job.workers) + 2, findings).await
+}
+
+/// The target: version, encoding, standby, preload, connections, timeouts, WAL kept by slots.
+pub async fn check_target(
+    endpoint: &Endpoint,
+    target: &Session,
+    job: &Job,
+    findings: &mut Findings,
+) -> Result<()> {
+    let version = target.version().await?;
+    let level = if TARGETS.contains(&version) { Level::Ok } else { Level::Blocker };
+    findings.add(level, "target", format!("{}, server version {}", endpoint.place(), shown(version)));
+    check_encoding(target, findings).await?;
+    if flag(target, "SELECT pg_catalog.pg_is_in_recovery()").await? {
+        findings.add(Level::Blocker, "target", "a standby can't be written");
+    }
+    check_preload(target, findings).await?;
+    check_pooler(endpoint, target, findings).await?;
+    check_settings(target, findings).await?;
+    // A writer each, heartbeat, administration, and a vacuum each at the end when the writers are gone.
+    check_connections(target, i64::from(job.workers) + 2, findings).await
+}
+
+/// Memory and disk for the size that is planned.
+pub async fn check_sizes(target: &Session, job: &Job, records: f64, findings: &mut Findings) -> Result<()> {
+    // 12 bits a key keep the filter's false answers below one in a hundred; 56 bytes a key is the index on disk; a claim
+    // takes 16 bytes at a load of at most 7/8.
+    let filter = records * 1.5 / 1e6;
+    let index = records * 56.0 / 1e6;
+    let claims = f64::from(job.workers) * (MAX_RECORDS as f64).min(records.max(1.0)) * 16.0 * 8.0 / 7.0 / 1e6;
+    findings.add(
+        Level::Note,
+        "target",
+        format!(
+            "about {records:.0} records: a filter of at least {filter:.0} MB and {claims:.0} MB for claims are enough, the hash index \
+             takes up to {index:.0} MB of disk beside tables, indexes and WAL"
+        ),
+    );
+    let rows = target
+        .client
+        .query(
+            "SELECT name, coalesce(setting, '') || coalesce(unit, '') FROM pg_catalog.pg_settings \
+             WHERE name LIKE 'pg\\_dedup\\_migrate.%' OR name IN ('max_wal_size', 'checkpoint_timeout') ORDER BY name",
+            &[],
+        )
+        .await
+        .at(target.side, "reading settings")?;
+    let settings: Vec<String> = rows
+        .iter()
+        .map(|row| Ok(format!("{} = {}", row.try_get::<_, String>(0)?, row.try_get::<_, String>(1)?)))
+        .collect::<std::result::Result<_, tokio_postgres::Error>>()
+        .at(target.side, "reading settings")?;
+    findings.add(Level::Note, "target", format!("settings: {}", settings.join(", ")));
+    Ok(())
+}
+
+async fn flag(session: &Session, sql: &str) -> Result<bool> {
+    session
+        .client
+        .query_one(sql, &[])
+        .await
+        .and_then(|row| row.try_get(0))
+        .at(session.side, "looking at the server")
+}
+
+async fn check_encoding(session: &Session, findings: &mut Findings) -> Result<()> {
+    let encoding: String = session
+        .client
+        .query_one("SELECT pg_catalog.current_setting('server_encoding')", &[])
+        .await
+        .and_then(|row| row.try_get(0))
+        .at(session.side, "asking for the encoding")?;
+    if encoding == "SQL_ASCII" {
+        findings
+            .add(
+                Level::Blocker,
+                session.side,
+                "encoding SQL_ASCII: the bytes of a text have no meaning to hash",
+            )
+            .hint("use a database with a real encoding");
+    }
+    Ok(())
+}
+
+async fn check_preload(target: &Session, findings: &mut Findings) -> Result<()> {
+    let setting =
+        target.client.query_one("SELECT pg_catalog.current_setting('shared_preload_libraries')", &[]).await;
+    // The setting may be hidden from this role; the extension itself says then what is missing.
+    let Ok(libraries) = setting.and_then(|row| row.try_get::<_, String>(0)) else {
+        findings.add(Level::Note, "target", "shared_preload_libraries is hidden from this role");
+        return Ok(());
+    };
+    let loaded = libraries.split(',').any(|name| name.trim().trim_matches('"').ends_with("pg_dedup_migrate"));
+    if !loaded {
+        let list = if libraries.trim().is_empty() { String::new() } else { format!("{libraries}, ") };
+        findings.add(Level::Blocker, "target", "pg_dedup_migrate is not preloaded").hint(format!(
+            "shared_preload_libraries = '{list}pg_dedup_migrate' in postgresql.conf, then restart"
+        ));
+    }
+    Ok(())
+}
+
+/// Two idle sessions with the same backend mean that somebody shares backends between sessions.
+async fn check_pooler(endpoint: &Endpoint, session: &Session, findings: &mut Findings) -> Result<()> {
+    let pid = "SELECT pg_catalog.pg_backend_pid()";
+    let other = endpoint.connect(Role::Admin).await?;
+    let mine: i32 = one(session, pid).await?;
+    let others: i32 = one(&other, pid).await?;
+    if mine == others {
+        findings
+            .add(Level::Blocker, session.side, "a connection pooler shares backends between sessions")
+            .hint("connect to the server itself, or use a pool in session mode");
+    }
+    Ok(())
+}
+
+async fn one(session: &Session, sql: &str) -> Result<i32> {
+    session
+        .client
+        .query_one(sql, &[])
+        .await
+        .and_then(|row| row.try_get(0))
+        .at(session.side, "looking at the server")
+}
+
+async fn check_connections(session: &Session, needed: i64, findings: &mut Findings) -> Result<()> {
+    let doing = "counting connections";
+    let row = session
+        .client
+        .query_one(
+            "SELECT pg_catalog.current_setting('max_connections')::int8 \
+                 - pg_catalog.current_setting('superuser_reserved_connections')::int8 \
+                 - (SELECT count(*) FROM pg_catalog.pg_stat_activity WHERE backend_type = 'client backend'), \
+                 (SELECT rolconnlimit::int8 FROM pg_catalog.pg_roles WHERE rolname = current_user)",
+            &[],
+        )
+        .await
+        .at(session.side, doing)?;
+    let free: i64 = row.try_get(0).at(session.side, doing)?;
+    let limit: Option<i64> = row.try_get(1).at(session.side, doing)?;
+    let limit = limit.filter(|limit| *limit >= 0).unwrap_or(i64::MAX);
+    if free.min(limit) < needed {
+        findings
+            .add(
+                Level::Blocker,
+                session.side,
+                format!("{needed} connections are needed, {} are free", free.min(limit).max(0)),
+            )
+            .hint("fewer --workers, a higher max_connections, or a higher limit of the role");
+    } else {
+        findings.add(Level::Ok, session.side, format!("{needed} connections are needed, {free} are free"));
+    }
+    Ok(())
+}
+
+async fn check_settings(target: &Session, findings: &mut Findings) -> Result<()> {
+    for (name, bad) in [("fsync", "off"), ("full_page_writes", "off")] {
+        if flag(target, &format!("SELECT pg_catalog.current_setting('{name}') = '{bad}'")).await? {
+            findings.add(
+                Level::Warning,
+                "target",
+                format!("{name} is {bad}: a crash can lose what is called verified"),
+            );
+        }
+    }
+    if flag(target, "SELECT EXISTS (SELECT FROM pg_catalog.pg_replication_slots WHERE NOT active)").await? {
+        findings
+            .add(Level::Warning, "target", "an inactive replication slot keeps all WAL that the run writes")
+            .hint("drop it, or bound it with max_slot_wal_keep_size");
+    }
+    findings.add(
+        Level::Ok,
+        "target",
+        "statement, lock, idle and transaction timeouts: every session sets its own",
+    );
+    Ok(())
+}
+
+fn shown(version: i32) -> String {
+    if version >= 100_000 {
+        format!("{}.{}", version / 10_000, version % 10_000)
+    } else {
+        version.to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_shown_as_people_say_them() {
+        assert_eq!(shown(150_004), "15.4");
+        assert_eq!(shown(90_624), "90624");
+    }
+}

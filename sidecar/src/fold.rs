@@ -1,0 +1,518 @@
+//! What becomes of each record of a chunk: a pure state machine between the batch and the target.
+//!
+//! ```text
+//!  null key ─▶ quarantined          match_keys ─▶ unchanged · written before · duplicate · quarantined (key collision)
+//!                                                  │ absent, changed
+//!                                                  ▼
+//!                        a group of equal content: claim ─▶ duplicate: every member is one
+//!                                                  │ new
+//!                                                  ▼
+//!                    one member is written (changed rows first); refused ─▶ the next member is tried
+//!                                                  │ written
+//!                                                  ▼
+//!                    the others are duplicates; those that stand in the target with other content are deleted
+//! ```
+
+use std::collections::{HashMap, HashSet};
+use std::sync::OnceLock;
+
+use pg_dedup_record::wire::{LedgerEntry, ManifestEntry, WireError, encode_key};
+use pg_dedup_record::{Batch, BatchError, Checksum, Groups};
+
+use crate::error::{Error, Kind, Result, Side};
+
+/// What became of a record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    /// Not decided.
+    Open,
+    /// Refused for a foreign key that may be satisfied yet.
+    Parked,
+    Inserted,
+    Updated,
+    /// Inserted by an earlier finish of this very chunk: in the books, not in the manifest.
+    InsertedBefore,
+    /// Updated by an earlier finish of this very chunk.
+    UpdatedBefore,
+    Unchanged,
+    Duplicate,
+    Quarantined,
+}
+
+/// Where a group of equal content stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum GroupState {
+    /// Not asked yet.
+    Undecided,
+    /// Asked; the answer is with the transaction that holds the claim.
+    Pending,
+    /// Ours to write.
+    Writing,
+    /// In the target.
+    Standing,
+    /// Nobody could write it.
+    Refused,
+}
+
+/// What the target has under a record's key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Key {
+    /// Nothing.
+    Absent,
+    /// A row with other values, locked by us.
+    Changed,
+    /// An earlier record of this chunk has the same key and the same content: never written for itself.
+    Repeated,
+}
+
+/// Why a record was refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// SQLSTATE.
+    pub sqlstate: String,
+    /// Name of the condition, or `key_collision`, `null_key`.
+    pub reason: String,
+    /// The target's message.
+    pub message: String,
+}
+
+impl Refusal {
+    /// A record whose key another record of this pass has already.
+    pub fn key_collision() -> Refusal {
+        Refusal {
+            sqlstate: "23505".into(),
+            reason: "key_collision".into(),
+            message: "another record of this pass has the same key and other content".into(),
+        }
+    }
+
+    fn null_key() -> Refusal {
+        Refusal {
+            sqlstate: "23502".into(),
+            reason: "null_key".into(),
+            message: "a key column is null".into(),
+        }
+    }
+}
+
+/// A refused record.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    /// Its number in the batch.
+    pub row: u32,
+    /// Why.
+    pub refusal: Refusal,
+}
+
+/// How a record is to be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// As a new row.
+    Insert,
+    /// Over the row with its key.
+    Upsert,
+}
+
+/// The packed values that `match_keys` takes, and which records they are of.
+#[derive(Debug)]
+pub struct KeysToMatch {
+    rows: Vec<u32>,
+    /// Packed keys.
+    pub keys: Vec<u8>,
+    /// Row digests in the same order.
+    pub row_digests: Vec<u8>,
+}
+
+/// The books of a chunk and what goes with them into `finish_chunk`.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Books {
+    /// source, inserted, updated, unchanged, duplicate, quarantined.
+    pub counts: [u64; 6],
+    /// The same six sums of row digests.
+    pub checksums: Vec<u8>,
+    /// Packed manifest.
+    pub manifest: Vec<u8>,
+    /// Packed ledger.
+    pub ledger: Vec<u8>,
+}
+
+/// The state of a chunk's records.
+pub struct Fold<'a> {
+    batch: &'a Batch,
+    keyless: bool,
+    groups: Groups,
+    /// Group of each row.
+    group_of: Vec<u32>,
+    states: Vec<GroupState>,
+    keys: Vec<Key>,
+    outcomes: Vec<Outcome>,
+    /// Groups whose verdict was asked for last.
+    asked: Vec<u32>,
+    /// Groups that still look for a member that can be written.
+    writing: Vec<u32>,
+    refused: Vec<Refused>,
+    /// Rows that share their key with another; found when first asked for.
+    repeated: OnceLock<HashSet<u32>>,
+}
+
+impl<'a> Fold<'a> {
+    /// Groups the batch; records with a null key are refused at once.
+    pub fn new(batch: &'a Batch, keyless: bool) -> Result<Fold<'a>> {
+        let groups = batch.groups();
+        let mut group_of = vec![0u32; batch.len()];
+        for (number, g) in (0u32..).zip(0..groups.len()) {
+            for &row in groups.members(g) {
+                group_of[row as usize] = number;
+            }
+        }
+        let mut fold = Fold {
+            batch,
+            keyless,
+            group_of,
+            states: vec![GroupState::Undecided; groups.len()],
+            groups,
+            keys: vec![Key::Absent; batch.len()],
+            outcomes: vec![Outcome::Open; batch.len()],
+            asked: Vec::new(),
+            writing: Vec::new(),
+            refused: Vec::new(),
+            repeated: OnceLock::new(),
+        };
+        if !keyless {
+            let mut scratch = Vec::new();
+            for row in 0..batch.len() {
+                scratch.clear();
+                match batch.key_into(row, &mut scratch) {
+                    Ok(()) => {}
+                    Err(BatchError::NullKey { .. }) => fold.refuse(row as u32, Refusal::null_key()),
+                    Err(error) => return Err(malformed(&error)),
+                }
+            }
+        }
+        Ok(fold)
+    }
+
+    /// What `match_keys` is asked when the range may be occupied.
+    pub fn keys_to_match(&self) -> Result<KeysToMatch> {
+        let mut ask = KeysToMatch { rows: Vec::new(), keys: Vec::new(), row_digests: Vec::new() };
+        let mut key = Vec::new();
+        for row in 0..self.batch.len() {
+            if self.outcomes[row] != Outcome::Open {
+                continue;
+            }
+            key.clear();
+            self.batch.key_into(row, &mut key).map_err(|e| malformed(&e))?;
+            encode_key(&key, &mut ask.keys).map_err(|e| unpackable(&e))?;
+            ask.row_digests.extend_from_slice(&self.batch.digests(row).row.0);
+            ask.rows.push(row as u32);
+        }
+        Ok(ask)
+    }
+
+    /// Takes the verdicts of `match_keys`.
+    pub fn matched(&mut self, asked: &KeysToMatch, verdicts: &[u8]) -> Result<()> {
+        expect_verdicts("match_keys", verdicts, asked.rows.len(), 6)?;
+        let mut first_of: HashMap<&[u8], u32> = HashMap::with_capacity(asked.rows.len());
+        let keys = pg_dedup_record::wire::keys(&asked.keys);
+        for ((&row, &verdict), key) in asked.rows.iter().zip(verdicts).zip(keys) {
+            let key = key.map_err(|e| unpackable(&e))?;
+            let first = *first_of.entry(key).or_insert(row);
+            if first != row {
+                self.repeated(first, row);
+                continue;
+            }
+            match verdict {
+                0 => {}
+                1 => self.stands(row, Outcome::Unchanged),
+                2 => self.keys[row as usize] = Key::Changed,
+                3 => self.refuse(row, Refusal::key_collision()),
+                // Another chunk of this pass delivered the same record: its row stands, this one is one too many.
+                4 => self.stands(row, Outcome::Duplicate),
+                5 => self.stands(row, Outcome::InsertedBefore),
+                _ => self.stands(row, Outcome::UpdatedBefore),
+            }
+        }
+        Ok(())
+    }
+
+    /// A later record with the key of an earlier one. Within a pass the first wins.
+    fn repeated(&mut self, first: u32, row: u32) {
+        let content = |row: u32| self.batch.digests(row as usize).content;
+        if content(first) == content(row) {
+            self.keys[row as usize] = Key::Repeated;
+        } else {
+            self.refuse(row, Refusal::key_collision());
+        }
+    }
+
+    fn stands(&mut self, row: u32, outcome: Outcome) {
+        self.outcomes[row as usize] = outcome;
+        self.states[self.group_of[row as usize] as usize] = GroupState::Standing;
+    }
+
+    /// The digests to claim: contents that something may have to be written for.
+    pub fn digests_to_claim(&mut self) -> Vec<u8> {
+        self.asked = (0u32..)
+            .zip(&self.states)
+            .filter(|(g, state)| **state == GroupState::Undecided && self.candidate(*g).is_some())
+            .map(|(g, _)| g)
+            .collect();
+        self.digests_of_asked()
+    }
+
+    /// Takes the verdicts of `claim`.
+    pub fn claimed(&mut self, verdicts: &[u8]) -> Result<()> {
+        expect_verdicts("claim", verdicts, self.asked.len(), 2)?;
+        self.take_verdicts(verdicts);
+        Ok(())
+    }
+
+    /// The digests whose owners have to be waited for.
+    pub fn digests_to_resolve(&mut self) -> Vec<u8> {
+        self.asked =
+            (0u32..).zip(&self.states).filter(|(_, s)| **s == GroupState::Pending).map(|(g, _)| g).collect();
+        self.digests_of_asked()
+    }
+
+    /// Takes the verdicts of `resolve`.
+    pub fn resolved(&mut self, verdicts: &[u8]) -> Result<()> {
+        expect_verdicts("resolve", verdicts, self.asked.len(), 1)?;
+        self.take_verdicts(verdicts);
+        Ok(())
+    }
+
+    fn digests_of_asked(&self) -> Vec<u8> {
+        let mut digests = Vec::with_capacity(self.asked.len() * 32);
+        for &g in &self.asked {
+            digests.extend_from_slice(&self.groups.digest(g as usize).0);
+        }
+        digests
+    }
+
+    fn take_verdicts(&mut self, verdicts: &[u8]) {
+        for (&g, &verdict) in self.asked.iter().zip(verdicts) {
+            self.states[g as usize] = match verdict {
+                0 => {
+                    self.writing.push(g);
+                    GroupState::Writing
+                }
+                1 => GroupState::Standing,
+                _ => GroupState::Pending,
+            };
+        }
+    }
+
+    /// The member of a group to be written next: rows that stand in the target first, since the others would leave one
+    /// to be deleted.
+    fn candidate(&self, g: u32) -> Option<u32> {
+        let members = self.groups.members(g as usize);
+        let open = |row: &&u32| self.outcomes[**row as usize] == Outcome::Open;
+        let with =
+            |key: Key| members.iter().filter(open).find(|row| self.keys[**row as usize] == key).copied();
+        with(Key::Changed).or_else(|| with(Key::Absent))
+    }
+
+    /// The records to be written now in one way, in source order, which is kind to the target's indexes.
+    pub fn next_to_write(&mut self, way: Way) -> Vec<u32> {
+        let mut writing = std::mem::take(&mut self.writing);
+        let mut rows = Vec::new();
+        writing.retain(|&g| {
+            if self.states[g as usize] != GroupState::Writing {
+                return false;
+            }
+            let parked = |row: &u32| self.outcomes[*row as usize] == Outcome::Parked;
+            if self.groups.members(g as usize).iter().any(parked) {
+                return true;
+            }
+            let Some(row) = self.candidate(g) else {
+                self.states[g as usize] = GroupState::Refused;
+                return false;
+            };
+            if (self.keys[row as usize] == Key::Changed) == (way == Way::Upsert) {
+                rows.push(row);
+            }
+            true
+        });
+        self.writing = writing;
+        rows.sort_unstable();
+        rows
+    }
+
+    /// A record was written.
+    pub fn written(&mut self, row: u32, way: Way) {
+        self.stands(row, if way == Way::Insert { Outcome::Inserted } else { Outcome::Updated });
+    }
+
+    /// A record waits for a row that a foreign key of it points at, and its group waits with it.
+    pub fn park(&mut self, row: u32) {
+        self.outcomes[row as usize] = Outcome::Parked;
+    }
+
+    /// A parked record may be tried again.
+    pub fn unpark(&mut self, row: u32) {
+        if self.outcomes[row as usize] == Outcome::Parked {
+            self.outcomes[row as usize] = Outcome::Open;
+        }
+    }
+
+    /// How a record would be written.
+    pub fn way(&self, row: u32) -> Way {
+        if self.keys[row as usize] == Key::Changed { Way::Upsert } else { Way::Insert }
+    }
+
+    /// A record was refused for good. In a keyless table its equals are the very same record and go with it.
+    pub fn refuse(&mut self, row: u32, refusal: Refusal) {
+        if self.keyless {
+            let g = self.group_of[row as usize] as usize;
+            let same = self.batch.digests(row as usize).row;
+            for &other in self.groups.members(g) {
+                let open = self.outcomes[other as usize] == Outcome::Open;
+                if other != row && open && self.batch.digests(other as usize).row == same {
+                    self.outcomes[other as usize] = Outcome::Quarantined;
+                    self.refused.push(Refused { row: other, refusal: refusal.clone() });
+                }
+            }
+        }
+        self.outcomes[row as usize] = Outcome::Quarantined;
+        self.refused.push(Refused { row, refusal });
+    }
+
+    /// The records refused so far.
+    pub fn refused(&self) -> &[Refused] {
+        &self.refused
+    }
+
+    /// Whether another record of the batch has the same key.
+    pub fn key_is_repeated(&self, row: u32) -> Result<bool> {
+        if self.keyless {
+            return Ok(false);
+        }
+        if self.repeated.get().is_none() {
+            let found = self.find_repeated()?;
+            return Ok(self.repeated.get_or_init(|| found).contains(&row));
+        }
+        Ok(self.repeated.get().is_some_and(|repeated| repeated.contains(&row)))
+    }
+
+    fn find_repeated(&self) -> Result<HashSet<u32>> {
+        let mut first_of: HashMap<Vec<u8>, u32> = HashMap::with_capacity(self.batch.len());
+        let mut repeated = HashSet::new();
+        for row in 0..self.batch.len() as u32 {
+            let key = self.key(row)?;
+            if key.is_empty() {
+                continue;
+            }
+            if let Some(first) = first_of.get(&key) {
+                repeated.extend([*first, row]);
+            } else {
+                first_of.insert(key, row);
+            }
+        }
+        Ok(repeated)
+    }
+
+    /// Key bytes of a record; empty where there is none.
+    pub fn key(&self, row: u32) -> Result<Vec<u8>> {
+        match self.batch.key(row as usize) {
+            Ok(key) => Ok(key),
+            Err(BatchError::NullKey { .. }) => Ok(Vec::new()),
+            Err(error) => Err(malformed(&error)),
+        }
+    }
+
+    /// Decides what is left when everything has been written that can be. Returns the packed keys of the rows that stand
+    /// in the target with content they no longer have in the source, and whose new content another row has.
+    pub fn settle(&mut self) -> Result<Vec<u8>> {
+        let mut superseded = Vec::new();
+        for row in 0..self.batch.len() {
+            if !matches!(self.outcomes[row], Outcome::Open | Outcome::Parked) {
+                continue;
+            }
+            if self.states[self.group_of[row] as usize] == GroupState::Standing {
+                self.outcomes[row] = Outcome::Duplicate;
+                if self.keys[row] == Key::Changed {
+                    encode_key(&self.key(row as u32)?, &mut superseded).map_err(|e| unpackable(&e))?;
+                }
+            } else if self.keys[row] == Key::Repeated {
+                self.refuse(row as u32, Refusal::key_collision());
+            } else {
+                return Err(Error::here(Kind::Protocol, "a record of the chunk was left undecided"));
+            }
+        }
+        Ok(superseded)
+    }
+
+    /// The books, once everything is settled.
+    pub fn books(&self) -> Result<Books> {
+        let mut books = Books::default();
+        let mut sums: [Checksum; 6] = std::array::from_fn(|_| Checksum::default());
+        for (row, outcome) in self.outcomes.iter().enumerate() {
+            let place = match outcome {
+                Outcome::Inserted | Outcome::InsertedBefore => 1,
+                Outcome::Updated | Outcome::UpdatedBefore => 2,
+                Outcome::Unchanged => 3,
+                Outcome::Duplicate => 4,
+                Outcome::Quarantined => 5,
+                Outcome::Open | Outcome::Parked => {
+                    return Err(Error::here(Kind::Protocol, "a record of the chunk was left undecided"));
+                }
+            };
+            books.counts[place] += 1;
+            sums[place].add(&self.batch.digests(row).row);
+        }
+        books.counts[0] = self.batch.len() as u64;
+        sums[0] = self.batch.checksum();
+        books.checksums = sums.iter().flat_map(Checksum::to_bytes).collect();
+        self.list(&mut books)?;
+        Ok(books)
+    }
+
+    /// Manifest and ledger, in the order the protocol wants.
+    fn list(&self, books: &mut Books) -> Result<()> {
+        let mut losers: Vec<Vec<u8>> = Vec::new();
+        for g in 0..self.groups.len() {
+            let digest = *self.groups.digest(g);
+            losers.clear();
+            for &row in self.groups.members(g) {
+                match self.outcomes[row as usize] {
+                    Outcome::Inserted | Outcome::Updated => {
+                        let row_digest = self.batch.digests(row as usize).row;
+                        ManifestEntry { digest, row_digest, key: &self.key(row)? }
+                            .encode(&mut books.manifest)
+                            .map_err(|e| unpackable(&e))?;
+                    }
+                    Outcome::Duplicate => losers.push(self.key(row)?),
+                    _ => {}
+                }
+            }
+            losers.sort_unstable();
+            for key in &losers {
+                LedgerEntry { digest, key }.encode(&mut books.ledger).map_err(|e| unpackable(&e))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn expect_verdicts(call: &str, verdicts: &[u8], wanted: usize, highest: u8) -> Result<()> {
+    if verdicts.len() == wanted && verdicts.iter().all(|verdict| *verdict <= highest) {
+        return Ok(());
+    }
+    Err(Error::new(
+        Side::Target,
+        Kind::Protocol,
+        format!("{call} answered {} verdicts to {wanted} questions, or one it does not know", verdicts.len()),
+    ))
+}
+
+fn malformed(error: &BatchError) -> Error {
+    Error::new(Side::Source, Kind::Protocol, format!("the stream of the chunk: {error}"))
+}
+
+fn unpackable(error: &WireError) -> Error {
+    Error::here(Kind::Protocol, format!("a key can't be packed: {error}"))
+}
+
+#[cfg(test)]
+#[path = "fold_tests.rs"]
+mod tests;

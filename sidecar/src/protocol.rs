@@ -1,0 +1,194 @@
+//! The worker protocol's calls (docs/protocol.md), typed. Every statement is prepared once a session.
+
+use serde_json::Value;
+use tokio_postgres::types::ToSql;
+use uuid::Uuid;
+
+use crate::conn::{Session, protocol_error};
+use crate::error::{At, Error, Result, Side};
+use crate::fold::{Books, Refusal};
+use crate::source::{Range, RangeKind};
+
+/// A worker's hold on a chunk.
+#[derive(Debug, Clone)]
+pub struct Lease {
+    /// The chunk.
+    pub chunk_id: String,
+    /// The pair of the run that it belongs to.
+    pub table_id: i32,
+    /// Its records.
+    pub range: Range,
+    /// The token that `begin_chunk` and `fail_chunk` check.
+    pub token: Uuid,
+    /// Leases so far, this one included.
+    pub attempt: i32,
+}
+
+type Parameters<'a> = [&'a (dyn ToSql + Sync)];
+
+/// Calls one function of the protocol that answers one value.
+async fn call<T>(session: &Session, doing: &str, sql: &str, parameters: &Parameters<'_>) -> Result<T>
+where
+    T: for<'a> tokio_postgres::types::FromSql<'a>,
+{
+    let statement = session.prepared(sql).await?;
+    let row = session.client.query_one(&statement, parameters).await.at(session.side, doing)?;
+    row.try_get(0).at(session.side, doing)
+}
+
+/// A sign of life; answers the run's status.
+pub async fn heartbeat(session: &Session, worker: Uuid, run: Uuid, info: &Value) -> Result<String> {
+    call(
+        session,
+        "heartbeat",
+        "SELECT dedup.heartbeat($1::uuid, $2::uuid, $3::jsonb)",
+        &[&worker, &run, info],
+    )
+    .await
+}
+
+/// The next chunk; `None`: nothing to take now.
+pub async fn lease_chunk(session: &Session, run: Uuid, worker: Uuid) -> Result<Option<Lease>> {
+    let doing = "lease_chunk";
+    let statement = session
+        .prepared(
+            "SELECT chunk_id, table_id, range_kind, range_lower, range_upper, lease, attempt \
+             FROM dedup.lease_chunk($1::uuid, $2::uuid)",
+        )
+        .await?;
+    let row = session.client.query_opt(&statement, &[&run, &worker]).await.at(session.side, doing)?;
+    let Some(row) = row else { return Ok(None) };
+    let kind: String = row.try_get(2).at(session.side, doing)?;
+    let kind = match kind.as_str() {
+        "key" => RangeKind::Key,
+        "null_key" => RangeKind::NullKey,
+        "ctid" => RangeKind::Ctid,
+        other => return Err(protocol_error(session.side, format!("unknown kind of range \"{other}\""))),
+    };
+    Ok(Some(Lease {
+        chunk_id: row.try_get(0).at(session.side, doing)?,
+        table_id: row.try_get(1).at(session.side, doing)?,
+        range: Range {
+            kind,
+            lower: row.try_get(3).at(session.side, doing)?,
+            upper: row.try_get(4).at(session.side, doing)?,
+        },
+        token: row.try_get(5).at(session.side, doing)?,
+        attempt: row.try_get(6).at(session.side, doing)?,
+    }))
+}
+
+/// Gives a chunk back; answers its status, or `fenced` when it was no longer ours.
+pub async fn fail_chunk(
+    session: &Session,
+    run: Uuid,
+    lease: &Lease,
+    error: &Error,
+    retry: bool,
+) -> Result<String> {
+    let message = error.to_string();
+    call(
+        session,
+        "fail_chunk",
+        "SELECT dedup.fail_chunk($1::uuid, $2::text, $3::uuid, $4::text, $5::text, $6::text, $7::text, $8::bool)",
+        &[&run, &lease.chunk_id, &lease.token, &error.state(), &message, &error.detail, &error.hint, &retry],
+    )
+    .await
+}
+
+/// `open` while a chunk is left to do, else `finished`.
+pub async fn run_state(session: &Session, run: Uuid) -> Result<String> {
+    call(session, "run_state", "SELECT dedup.run_state($1::uuid)", &[&run]).await
+}
+
+/// Stops leasing for everybody.
+pub async fn pause_run(session: &Session, run: Uuid) -> Result<String> {
+    call(session, "pause_run", "SELECT dedup.pause_run($1::uuid)", &[&run]).await
+}
+
+/// How many chunks of the run are verified, and how many others than this are still to be done.
+pub async fn others(session: &Session, run: Uuid, chunk_id: &str) -> Result<(i64, i64)> {
+    let doing = "counting chunks";
+    let statement = session
+        .prepared(
+            "SELECT count(*) FILTER (WHERE status = 'verified'), count(*) FILTER (WHERE chunk_id <> $2 \
+             AND status IN ('pending', 'syncing') AND written_at IS NULL) FROM dedup.checkpoints WHERE run_id = $1",
+        )
+        .await?;
+    let row = session.client.query_one(&statement, &[&run, &chunk_id]).await.at(session.side, doing)?;
+    Ok((row.try_get(0).at(session.side, doing)?, row.try_get(1).at(session.side, doing)?))
+}
+
+/// One chunk's transaction on the target.
+#[derive(Clone, Copy)]
+pub struct ChunkCalls<'a> {
+    /// The connection that leased the chunk.
+    pub session: &'a Session,
+    /// The run.
+    pub run: Uuid,
+    /// The chunk.
+    pub chunk_id: &'a str,
+}
+
+impl ChunkCalls<'_> {
+    /// Opens the transaction and the chunk; answers whether keys of its range may stand in the target.
+    pub async fn begin_chunk(&self, token: Uuid) -> Result<bool> {
+        let sql = "SELECT dedup.begin_chunk($1::uuid, $2::text, $3::uuid)";
+        let statement = self.session.prepared(sql).await?;
+        let client = &self.session.client;
+        let parameters: &Parameters<'_> = &[&self.run, &self.chunk_id, &token];
+        // One round trip for both: the driver sends them in this order.
+        let (begun, row) =
+            tokio::join!(client.batch_execute("BEGIN"), client.query_one(&statement, parameters));
+        begun.at(Side::Target, "begin")?;
+        row.and_then(|row| row.try_get(0)).at(Side::Target, "begin_chunk")
+    }
+
+    /// What stands under each key.
+    pub async fn match_keys(&self, keys: &[u8], row_digests: &[u8]) -> Result<Vec<u8>> {
+        let sql = "SELECT dedup.match_keys($1::uuid, $2::text, $3::bytea, $4::bytea)";
+        call(self.session, "match_keys", sql, &[&self.run, &self.chunk_id, &keys, &row_digests]).await
+    }
+
+    /// Which digests are ours to write.
+    pub async fn claim(&self, digests: &[u8]) -> Result<Vec<u8>> {
+        let sql = "SELECT dedup.claim($1::uuid, $2::text, $3::bytea)";
+        call(self.session, "claim", sql, &[&self.run, &self.chunk_id, &digests]).await
+    }
+
+    /// Waits for the owners of pending digests.
+    pub async fn resolve(&self, digests: &[u8]) -> Result<Vec<u8>> {
+        let sql = "SELECT dedup.resolve($1::uuid, $2::text, $3::bytea)";
+        call(self.session, "resolve", sql, &[&self.run, &self.chunk_id, &digests]).await
+    }
+
+    /// Removes rows whose new content another row has.
+    pub async fn delete_superseded(&self, keys: &[u8]) -> Result<i64> {
+        let sql = "SELECT dedup.delete_superseded($1::uuid, $2::text, $3::bytea)";
+        call(self.session, "delete_superseded", sql, &[&self.run, &self.chunk_id, &keys]).await
+    }
+
+    /// Sets one refused record aside.
+    pub async fn quarantine_record(&self, key: &[u8], refusal: &Refusal, record: &[u8]) -> Result<()> {
+        let sql = "SELECT dedup.quarantine_record($1::uuid, $2::text, $3::bytea, $4::text, $5::text, $6::text, $7::bytea)";
+        let statement = self.session.prepared(sql).await?;
+        let key = (!key.is_empty()).then_some(key);
+        let parameters: &Parameters<'_> =
+            &[&self.run, &self.chunk_id, &key, &refusal.sqlstate, &refusal.reason, &refusal.message, &record];
+        self.session
+            .client
+            .execute(&statement, parameters)
+            .await
+            .with_records(Side::Target, "quarantine_record")?;
+        Ok(())
+    }
+
+    /// Closes the books; answers the ordinal.
+    pub async fn finish_chunk(&self, books: &Books, info: &Value) -> Result<i64> {
+        let sql = "SELECT dedup.finish_chunk($1::uuid, $2::text, $3::bigint[], $4::bytea, $5::bytea, $6::bytea, $7::jsonb)";
+        let counts: Vec<i64> = books.counts.iter().map(|n| *n as i64).collect();
+        let parameters: &Parameters<'_> =
+            &[&self.run, &self.chunk_id, &counts, &books.checksums, &books.manifest, &books.ledger, info];
+        call(self.session, "finish_chunk", sql, parameters).await
+    }
+}

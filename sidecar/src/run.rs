@@ -1,0 +1,203 @@
+//! `run` and `work`: from a job to its books.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use uuid::Uuid;
+
+use crate::config::{DEFAULT_ERROR_BUDGET, Job};
+use crate::conn::{Endpoint, Role, Session};
+use crate::error::{At, Error, Kind, Result, Side};
+use crate::finish;
+use crate::names::TableName;
+use crate::progress::{Counters, Plan, Progress};
+use crate::runs::{self, Run};
+use crate::stop::Stop;
+use crate::summary::Summary;
+use crate::tables::{self, TableWork};
+use crate::worker::{self, Crew};
+use crate::{resume, setup};
+
+/// Both ends of a job and a session on the target for the process's own questions.
+struct Ends {
+    source: Arc<Endpoint>,
+    target: Arc<Endpoint>,
+    admin: Session,
+}
+
+impl Ends {
+    async fn connect(job: &Job) -> Result<Ends> {
+        let source = Arc::new(Endpoint::resolve(Side::Source, &job.source)?);
+        let target = Arc::new(Endpoint::resolve(Side::Target, &job.target)?);
+        let admin = target.connect(Role::Admin).await?;
+        runs::check_versions(&admin).await?;
+        Ok(Ends { source, target, admin })
+    }
+
+    /// Connects anew if the target was restarted meanwhile.
+    async fn revive(&mut self) -> Result<()> {
+        if self.admin.is_closed() {
+            self.admin = self.target.connect_patiently(Role::Admin).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Plans a run, or takes up the one that `resume` names, and works until its end.
+pub async fn run(job: &Job, resume: Option<&str>, stop: Stop) -> Result<u8> {
+    let mut ends = Ends::connect(job).await?;
+    let source = ends.source.connect(Role::Admin).await?;
+    // Whatever keeps a snapshot has to live until the last chunk is read.
+    let (run_id, _snapshot_keeper) = match resume {
+        None => {
+            let created = setup::create(job, &ends.source, &source, &ends.admin).await?;
+            (created.run_id, created.snapshot_keeper)
+        }
+        Some(wanted) => {
+            let run = runs::find(&ends.admin, wanted).await?;
+            let keeper = resume::resume(job, &run, &ends.source, &source, &ends.admin).await?;
+            (run.run_id, keeper)
+        }
+    };
+    drop(source);
+    let run = runs::find(&ends.admin, &run_id.to_string()).await?;
+    tracing::info!("run {run_id} ({}) from {} to {}", run.name, ends.source.place(), ends.target.place());
+    if run.status != "done" {
+        index(job, &ends.admin, run_id).await?;
+        work_to_the_end(job, &mut ends, &run, &stop).await?;
+    }
+    let summary = Summary::load(&ends.admin, run_id).await?;
+    summary.print(job.json)?;
+    if stop.finishing() && !matches!(summary.status.as_str(), "done" | "failed" | "halted") {
+        tracing::warn!(
+            "interrupted; pg-dedup-migrate run --resume {run_id} goes on, with the same --source and --target"
+        );
+        return Ok(130);
+    }
+    let left = summary.chunks - summary.verified - summary.failed;
+    if left > 0 && summary.status == "running" {
+        tracing::warn!("{left} chunks are not verified yet; pg-dedup-migrate run --resume {run_id} goes on");
+    }
+    Ok(summary.exit_code())
+}
+
+/// Joins a run from here.
+pub async fn work(job: &Job, wanted: &str, stop: Stop) -> Result<u8> {
+    let mut ends = Ends::connect(job).await?;
+    let run = runs::find(&ends.admin, wanted).await?;
+    if !matches!(run.status.as_str(), "created" | "running" | "paused") {
+        return Err(Error::refused(format!(
+            "run {} is {}: there is nothing to work on",
+            run.run_id, run.status
+        )));
+    }
+    let source = ends.source.connect(Role::Admin).await?;
+    let identity = runs::source_identity(&source).await?;
+    drop(source);
+    if let Some(planned) = run.settings.get("source").and_then(|source| source.as_str())
+        && planned != identity
+    {
+        return Err(Error::refused("this is another source than the run's")
+            .detail(format!("the run's is {planned}, this one is {identity}")));
+    }
+    tracing::info!("joining run {} ({})", run.run_id, run.name);
+    let tables = tables::load(&ends.admin, run.run_id).await?;
+    work_chunks(job, &ends, &run, tables, &stop).await?;
+    ends.revive().await?;
+    let summary = Summary::load(&ends.admin, run.run_id).await?;
+    summary.print(job.json)?;
+    Ok(if stop.finishing() {
+        130
+    } else if summary.failed > 0 {
+        1
+    } else {
+        0
+    })
+}
+
+/// Hashes rows that stand in the targets already, and reads the hash index into the filter after a restart.
+async fn index(job: &Job, admin: &Session, run: Uuid) -> Result<()> {
+    let doing = "indexing the targets";
+    if job.index_existing {
+        let rows = admin
+            .client
+            .query(
+                "SELECT DISTINCT g.target::oid, g.target::text FROM dedup.run_tables AS t JOIN dedup.targets AS g USING (target_id) \
+                 WHERE t.run_id = $1 AND dedup.needs_index(t.run_id, t.table_id)",
+                &[&run],
+            )
+            .await
+            .at(Side::Target, doing)?;
+        for row in rows {
+            let (oid, name): (u32, String) =
+                (row.try_get(0).at(Side::Target, doing)?, row.try_get(1).at(Side::Target, doing)?);
+            let entries: i64 = admin
+                .client
+                .query_one("SELECT dedup.index_existing($1::oid::regclass)", &[&oid])
+                .await
+                .and_then(|row| row.try_get(0))
+                .at(Side::Target, doing)?;
+            if entries > 0 {
+                tracing::info!("{name}: {entries} rows that stood there are indexed");
+            }
+        }
+    }
+    admin.client.execute("SELECT dedup.warm_filter()", &[]).await.at(Side::Target, "warming the filter")?;
+    Ok(())
+}
+
+async fn work_to_the_end(job: &Job, ends: &mut Ends, run: &Run, stop: &Stop) -> Result<()> {
+    let tables = tables::load(&ends.admin, run.run_id).await?;
+    let mut targets: Vec<TableName> = tables.values().map(|table| table.target.clone()).collect();
+    targets.sort();
+    targets.dedup();
+    loop {
+        work_chunks(job, ends, run, tables.clone(), stop).await?;
+        ends.revive().await?;
+        if stop.finishing() {
+            return Ok(());
+        }
+        finish::advance_sequences(&ends.admin, &targets).await?;
+        match finish::complete(&ends.admin, run.run_id).await?.as_str() {
+            // The orphan pass reopened chunks.
+            "running" if open(&ends.admin, run.run_id).await? => {}
+            "done" => return finish::vacuum_analyze(&ends.target, &targets, usize::from(job.workers)).await,
+            _ => return Ok(()),
+        }
+    }
+}
+
+async fn open(admin: &Session, run: Uuid) -> Result<bool> {
+    Ok(crate::protocol::run_state(admin, run).await? == "open")
+}
+
+async fn work_chunks(
+    job: &Job,
+    ends: &Ends,
+    run: &Run,
+    tables: HashMap<i32, TableWork>,
+    stop: &Stop,
+) -> Result<()> {
+    if tables.is_empty() {
+        return Err(Error::here(
+            Kind::Refused,
+            format!("run {} has no table that a worker reads", run.run_id),
+        )
+        .hint("CALL dedup.migrate_run(run) does the tables that the target database sees itself"));
+    }
+    let counters = Arc::new(Counters::default());
+    let plan = Plan::load(&ends.admin, run.run_id).await?;
+    let crew = Crew {
+        source: ends.source.clone(),
+        target: ends.target.clone(),
+        run: run.run_id,
+        tables,
+        error_budget: job.error_budget.or(run.setting("error_budget")).unwrap_or(DEFAULT_ERROR_BUDGET),
+        max_attempts: run.max_attempts,
+        counters: counters.clone(),
+        stop: stop.clone(),
+        deferred: Mutex::default(),
+    };
+    let _progress = Progress::show(counters, plan);
+    worker::work(Arc::new(crew), job.workers).await
+}

@@ -1,0 +1,338 @@
+//! The loop of a worker: lease a chunk, read it, write it, decide about errors, until nothing is left.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use backon::{BackoffBuilder, ExponentialBuilder};
+use pg_dedup_record::Batch;
+use uuid::Uuid;
+
+use crate::chunk::{self, ChunkContext};
+use crate::conn::{Endpoint, Role, Session};
+use crate::error::{Error, Kind, Policy, Result, Side};
+use crate::failpoint::{self, Failpoint};
+use crate::heartbeat::{Heartbeat, Identities, RunStatus};
+use crate::progress::Counters;
+use crate::protocol::{self, Lease};
+use crate::read;
+use crate::stop::Stop;
+use crate::tables::TableWork;
+
+/// What the workers of a process share.
+pub struct Crew {
+    /// The source.
+    pub source: Arc<Endpoint>,
+    /// The target.
+    pub target: Arc<Endpoint>,
+    /// The run.
+    pub run: Uuid,
+    /// Its tables by number.
+    pub tables: HashMap<i32, TableWork>,
+    /// Records that may be refused in a chunk.
+    pub error_budget: u64,
+    /// Leases a chunk may have before it is given up.
+    pub max_attempts: i32,
+    /// Counters.
+    pub counters: Arc<Counters>,
+    /// Whether to stop.
+    pub stop: Stop,
+    /// Chunks given back for a foreign key: how many chunks were verified then.
+    pub deferred: Mutex<HashMap<String, i64>>,
+}
+
+/// Works until no chunk is left, the run is stopped, or somebody interrupts.
+pub async fn work(crew: Arc<Crew>, workers: u16) -> Result<()> {
+    let identities = Identities::default();
+    let ids: Vec<Uuid> = (0..workers).map(|_| identities.take()).collect();
+    let (_heartbeat, status) = Heartbeat::start(crew.target.clone(), crew.run, identities.clone()).await?;
+    let mut tasks = tokio::task::JoinSet::new();
+    for id in ids {
+        let worker = Worker {
+            id,
+            crew: crew.clone(),
+            identities: identities.clone(),
+            status: status.clone(),
+            source: None,
+            target: None,
+            spent: None,
+        };
+        tasks.spawn(worker.run());
+    }
+    let mut first_error = None;
+    while let Some(ended) = tasks.join_next().await {
+        let result =
+            ended.unwrap_or_else(|e| Err(Error::here(Kind::Protocol, format!("a worker ended badly: {e}"))));
+        if let Err(error) = result {
+            if first_error.is_some() {
+                tracing::error!("{error}");
+            }
+            first_error.get_or_insert(error);
+        }
+    }
+    first_error.map_or(Ok(()), Err)
+}
+
+struct Worker {
+    id: Uuid,
+    crew: Arc<Crew>,
+    identities: Identities,
+    status: RunStatus,
+    source: Option<Session>,
+    target: Option<Session>,
+    /// The last chunk's records, for their memory.
+    spent: Option<Batch>,
+}
+
+/// What a turn of the loop led to.
+enum Turn {
+    Worked,
+    /// Nothing to take now.
+    Idle,
+    Finished,
+}
+
+impl Worker {
+    async fn run(mut self) -> Result<()> {
+        let mut idle = pauses();
+        let mut paused_told = false;
+        while !self.crew.stop.finishing() {
+            let status = self.status.borrow().clone();
+            match status.as_str() {
+                "created" | "running" => paused_told = false,
+                "paused" => {
+                    if !std::mem::replace(&mut paused_told, true) {
+                        tracing::warn!(
+                            "the run is paused; SELECT dedup.resume_run('{}') goes on",
+                            self.crew.run
+                        );
+                    }
+                    self.rest(Duration::from_secs(1)).await;
+                    continue;
+                }
+                other => {
+                    tracing::info!("the run is {other}: nothing more to do here");
+                    break;
+                }
+            }
+            match self.turn().await {
+                Ok(Turn::Worked) => idle = pauses(),
+                Ok(Turn::Idle) => {
+                    let pause = idle.next().unwrap_or(LONGEST_PAUSE);
+                    self.rest(pause).await;
+                }
+                Ok(Turn::Finished) => break,
+                Err(error) => {
+                    self.identities.leave(self.id);
+                    return Err(error);
+                }
+            }
+        }
+        self.identities.leave(self.id);
+        Ok(())
+    }
+
+    /// Sleeps, unless somebody interrupts.
+    async fn rest(&self, pause: Duration) {
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = self.crew.stop.asked() => {}
+        }
+    }
+
+    /// One lease and what comes of it. An error here ends the worker.
+    async fn turn(&mut self) -> Result<Turn> {
+        let stop = self.crew.stop.clone();
+        let lease = tokio::select! {
+            lease = self.lease() => lease?,
+            () = stop.aborted() => return Ok(Turn::Finished),
+        };
+        let Some(lease) = lease else {
+            let Some(target) = &self.target else { return Ok(Turn::Idle) };
+            return match protocol::run_state(target, self.crew.run).await {
+                Ok(state) if state == "finished" => Ok(Turn::Finished),
+                Ok(_) => Ok(Turn::Idle),
+                Err(error) if error.policy() == Policy::Retry => {
+                    self.target = None;
+                    Ok(Turn::Idle)
+                }
+                Err(error) => Err(error),
+            };
+        };
+        self.identities.at(self.id, Some(&lease.chunk_id));
+        failpoint::reach(Failpoint::Leased).await;
+        let done = tokio::select! {
+            done = self.chunk(&lease) => done,
+            () = stop.aborted() => Err(Error::here(Kind::Interrupted, "interrupted")),
+        };
+        match done {
+            Ok(()) => {}
+            Err(error) => self.give_back(&lease, error).await?,
+        }
+        self.identities.at(self.id, None);
+        Ok(Turn::Worked)
+    }
+
+    /// Leases on the connection that will write the chunk.
+    async fn lease(&mut self) -> Result<Option<Lease>> {
+        loop {
+            if self.target.as_ref().is_none_or(Session::is_closed) {
+                self.target = Some(self.crew.target.connect_patiently(Role::Writer).await?);
+            }
+            let Some(target) = &self.target else { continue };
+            match protocol::lease_chunk(target, self.crew.run, self.id).await {
+                Err(error) if error.policy() == Policy::Retry => {
+                    tracing::warn!("{error}; connecting anew");
+                    self.target = None;
+                    tokio::time::sleep(SHORTEST_PAUSE).await;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// Reads and writes one chunk.
+    async fn chunk(&mut self, lease: &Lease) -> Result<()> {
+        let crew = self.crew.clone();
+        let table = crew.tables.get(&lease.table_id).ok_or_else(|| {
+            Error::new(
+                Side::Target,
+                Kind::Refused,
+                format!("table {} of the run has no remote source", lease.table_id),
+            )
+            .hint("CALL dedup.migrate_run(run) does the tables that the target database sees itself")
+        })?;
+        if self.source.as_ref().is_none_or(Session::is_closed) {
+            self.source = Some(crew.source.connect_patiently(Role::Reader).await?);
+        }
+        let (Some(source), Some(target)) = (&self.source, &self.target) else {
+            return Err(Error::here(Kind::Connection, "a connection is gone"));
+        };
+        tracing::debug!("chunk {} of {}: attempt {}", lease.chunk_id, table.source, lease.attempt);
+        let read = read::read_chunk(source, table, &lease.range, &crew.counters, self.spent.take()).await?;
+        failpoint::reach(Failpoint::Read).await;
+        let deferred_at = lock(&crew.deferred).get(&lease.chunk_id).copied();
+        let context = ChunkContext {
+            target,
+            run: crew.run,
+            table,
+            lease,
+            error_budget: crew.error_budget,
+            deferred_at,
+            may_retry: lease.attempt < crew.max_attempts,
+        };
+        let books = chunk::write_chunk(&context, &read).await;
+        if let Ok(books) = &books {
+            crew.counters.committed(read.bytes, books);
+        }
+        drop(read.in_flight);
+        self.spent = Some(read.batch);
+        let books = books?;
+        tracing::debug!("chunk {}: {:?}", lease.chunk_id, books.counts);
+        Ok(())
+    }
+
+    /// Rolls back, and says what is to become of the chunk. An error ends the worker.
+    async fn give_back(&mut self, lease: &Lease, error: Error) -> Result<()> {
+        let policy = error.policy();
+        let source_is_spent =
+            error.kind == Kind::Interrupted || (error.side == Side::Source && policy == Policy::Retry);
+        if source_is_spent && let Some(source) = self.source.take() {
+            source.cancel().await;
+        }
+        if error.kind == Kind::Interrupted
+            && let Some(target) = self.target.take()
+        {
+            target.cancel().await;
+        }
+        if !self.rolled_back().await {
+            self.target = None;
+        }
+        let retry = policy != Policy::FailChunk;
+        if policy == Policy::RetryAfterOthers {
+            self.remember_deferral(lease).await;
+        }
+        match self.report(lease, &error, policy, retry).await {
+            Ok(status) => tell(lease, &error, &status),
+            Err(unreported) => {
+                // Nobody else will take the chunk while this identity lives.
+                tracing::warn!("chunk {}: {error}; could not be given back: {unreported}", lease.chunk_id);
+                self.identities.leave(self.id);
+                self.id = self.identities.take();
+                if self.crew.stop.finishing() {
+                    return Ok(());
+                }
+            }
+        }
+        if policy == Policy::Retry && error.kind != Kind::Interrupted {
+            let attempt = usize::try_from(lease.attempt.max(1) - 1).unwrap_or(0);
+            let pause = pauses().nth(attempt).unwrap_or(LONGEST_PAUSE);
+            self.rest(pause).await;
+        }
+        Ok(())
+    }
+
+    async fn rolled_back(&self) -> bool {
+        match &self.target {
+            Some(target) => target.client.batch_execute("ROLLBACK").await.is_ok(),
+            None => false,
+        }
+    }
+
+    async fn remember_deferral(&self, lease: &Lease) {
+        let Some(target) = &self.target else { return };
+        if let Ok((verified, _)) = protocol::others(target, self.crew.run, &lease.chunk_id).await {
+            lock(&self.crew.deferred).insert(lease.chunk_id.clone(), verified);
+        }
+    }
+
+    async fn report(&mut self, lease: &Lease, error: &Error, policy: Policy, retry: bool) -> Result<String> {
+        if self.target.is_none() {
+            let connected = if self.crew.stop.finishing() {
+                self.crew.target.connect(Role::Writer).await?
+            } else {
+                self.crew.target.connect_patiently(Role::Writer).await?
+            };
+            self.target = Some(connected);
+        }
+        let Some(target) = &self.target else {
+            return Err(Error::here(Kind::Connection, "a connection is gone"));
+        };
+        if policy == Policy::PauseRun {
+            // Somebody else may have paused it already, or ended it.
+            match protocol::pause_run(target, self.crew.run).await {
+                Ok(_) => tracing::error!("the run is paused: {error}"),
+                Err(refused) => tracing::warn!("the run can't be paused: {refused}"),
+            }
+        }
+        protocol::fail_chunk(target, self.crew.run, lease, error, retry).await
+    }
+}
+
+/// One line about a chunk that did not end well, here where the error is handled.
+fn tell(lease: &Lease, error: &Error, status: &str) {
+    let chunk = &lease.chunk_id;
+    match status {
+        "failed" => tracing::error!("chunk {chunk} failed: {error} (SQLSTATE {})", error.state()),
+        "fenced" => tracing::info!("chunk {chunk} is no longer ours: {error}"),
+        _ if error.kind == Kind::ForeignKeyLater => tracing::info!("chunk {chunk}: {error}"),
+        _ => tracing::warn!("chunk {chunk}, attempt {}: {error}; it will be tried again", lease.attempt),
+    }
+}
+
+const SHORTEST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// Pauses from 0.2 s to 1 s with jitter; the server has its own, longer ones for each chunk (`not_before`).
+fn pauses() -> impl Iterator<Item = Duration> + Send {
+    ExponentialBuilder::default()
+        .with_min_delay(SHORTEST_PAUSE)
+        .with_max_delay(LONGEST_PAUSE)
+        .with_max_times(usize::MAX)
+        .with_jitter()
+        .build()
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}

@@ -1,0 +1,262 @@
+//! Writing rows into the target so that one bad row costs that row alone.
+//!
+//! Every attempt stands under a savepoint and ends with `SET CONSTRAINTS ALL IMMEDIATE`. When the target refuses it for
+//! a reason that lies in a record, [`WritePlan`] says what to try next, helped by COPY's line number where there is one.
+
+use bytes::Bytes;
+use futures_util::SinkExt;
+use pg_dedup_record::{Batch, WritePlan, pgcopy};
+use tokio_postgres::Statement;
+
+use crate::conn::protocol_error;
+use crate::error::{At, Error, Result, Side, condition_name, refuses_record};
+use crate::failpoint::{self, Failpoint};
+use crate::fold::{Refusal, Way};
+use crate::protocol::ChunkCalls;
+use crate::tables::TableWork;
+
+/// Bytes sent in one piece at most: large enough that framing costs nothing, small enough to flow.
+const PIECE_BYTES: usize = 1 << 20;
+
+/// A row that the target refused for good.
+#[derive(Debug)]
+pub struct RefusedRow {
+    /// Its number in the batch.
+    pub row: u32,
+    /// Why.
+    pub refusal: Refusal,
+    /// Schema and name of the constraint it violates.
+    pub constraint: Option<(String, String)>,
+}
+
+/// What the caller says to a refusal before the plan goes on.
+pub trait Judge {
+    /// An attempt was refused. An error ends the chunk's attempt.
+    async fn attempt_refused(&mut self, sqlstate: &str) -> Result<()>;
+    /// A row was refused for good. An error ends the chunk's attempt.
+    async fn row_refused(&mut self, row: &RefusedRow) -> Result<()>;
+}
+
+/// Writes rows of a batch, in their order; returns those that were refused.
+pub async fn write_rows(
+    calls: ChunkCalls<'_>,
+    table: &TableWork,
+    batch: &Batch,
+    rows: &[u32],
+    way: Way,
+    judge: &mut impl Judge,
+) -> Result<Vec<RefusedRow>> {
+    let mut plan = WritePlan::new(rows.len());
+    let mut refused = Vec::new();
+    while let Some(positions) = plan.next() {
+        match attempt(calls, table, batch, &rows[positions], way).await? {
+            None => plan.accepted(),
+            Some(refusal) => {
+                judge.attempt_refused(&refusal.refusal.sqlstate).await?;
+                if let Some(position) = plan.refused(refusal.line) {
+                    let row = RefusedRow {
+                        row: rows[position],
+                        refusal: refusal.refusal,
+                        constraint: refusal.constraint,
+                    };
+                    judge.row_refused(&row).await?;
+                    refused.push(row);
+                }
+            }
+        }
+    }
+    Ok(refused)
+}
+
+/// Why an attempt was refused as a whole.
+struct AttemptRefused {
+    refusal: Refusal,
+    constraint: Option<(String, String)>,
+    /// COPY's line, from 0.
+    line: Option<usize>,
+}
+
+/// One attempt under a savepoint; `None`: accepted.
+async fn attempt(
+    calls: ChunkCalls<'_>,
+    table: &TableWork,
+    batch: &Batch,
+    rows: &[u32],
+    way: Way,
+) -> Result<Option<AttemptRefused>> {
+    let client = &calls.session.client;
+    let doing = "writing rows";
+    client.batch_execute("SAVEPOINT dedup_rows").await.at(Side::Target, doing)?;
+    let written = match way {
+        Way::Insert => insert(calls, table, batch, rows).await?,
+        Way::Upsert => upsert(calls, table, batch, rows).await?,
+    };
+    let done = match written {
+        Ok(()) => client.batch_execute("SET CONSTRAINTS ALL IMMEDIATE; RELEASE SAVEPOINT dedup_rows").await,
+        Err(error) => Err(error),
+    };
+    let Err(error) = done else { return Ok(None) };
+    let Some(db) = error.as_db_error().filter(|db| refuses_record(db.code().code())) else {
+        return Err(Error::record_driver(Side::Target, doing, error));
+    };
+    let told = AttemptRefused {
+        refusal: Refusal {
+            sqlstate: db.code().code().to_owned(),
+            reason: condition_name(db.code().code()).to_owned(),
+            message: db.message().to_owned(),
+        },
+        constraint: db.schema().zip(db.constraint()).map(|(s, c)| (s.to_owned(), c.to_owned())),
+        line: db.where_().and_then(copy_line),
+    };
+    client
+        .batch_execute("ROLLBACK TO SAVEPOINT dedup_rows; RELEASE SAVEPOINT dedup_rows")
+        .await
+        .at(Side::Target, "taking back refused rows")?;
+    Ok(Some(told))
+}
+
+type Driver<T> = std::result::Result<T, tokio_postgres::Error>;
+
+async fn insert(calls: ChunkCalls<'_>, table: &TableWork, batch: &Batch, rows: &[u32]) -> Result<Driver<()>> {
+    let statement = calls.session.prepared(&table.copy_in).await?;
+    Ok(copy_in(calls, &statement, batch, rows).await)
+}
+
+/// Changed rows go into a staging table first; the extension locks, keeps what was there, and updates.
+async fn upsert(calls: ChunkCalls<'_>, table: &TableWork, batch: &Batch, rows: &[u32]) -> Result<Driver<()>> {
+    let client = &calls.session.client;
+    let staging = calls.session.prepared("SELECT dedup.upsert_staging($1::uuid, $2::text)").await?;
+    let apply = calls.session.prepared("SELECT dedup.apply_upserts($1::uuid, $2::text)").await?;
+    let applied = async {
+        let name: String = client.query_one(&staging, &[&calls.run, &calls.chunk_id]).await?.try_get(0)?;
+        let copy = client.prepare(&table.copy_into(&name)).await?;
+        copy_in(calls, &copy, batch, rows).await?;
+        client.query_one(&apply, &[&calls.run, &calls.chunk_id]).await?.try_get::<_, i64>(0)
+    };
+    match applied.await {
+        Ok(count) if count == rows.len() as i64 => Ok(Ok(())),
+        Ok(count) => Err(protocol_error(
+            Side::Target,
+            format!("apply_upserts changed {count} rows where {} were to be changed", rows.len()),
+        )),
+        Err(error) => Ok(Err(error)),
+    }
+}
+
+/// One COPY of rows; neighbours in the batch are sent as one slice of it, without a copy of their own.
+async fn copy_in(calls: ChunkCalls<'_>, statement: &Statement, batch: &Batch, rows: &[u32]) -> Driver<()> {
+    let sink = calls.session.client.copy_in::<_, Bytes>(statement).await?;
+    let mut sink = std::pin::pin!(sink);
+    let sent = async {
+        sink.feed(Bytes::from_static(pgcopy::header())).await?;
+        let (first, second) = rows.split_at(rows.len() / 2);
+        for piece in pieces(batch, first) {
+            sink.feed(batch.data().slice(piece)).await?;
+        }
+        failpoint::reach(Failpoint::MiddleOfCopy).await;
+        for piece in pieces(batch, second) {
+            sink.feed(batch.data().slice(piece)).await?;
+        }
+        sink.feed(Bytes::from_static(pgcopy::trailer())).await
+    }
+    .await;
+    // When the server has refused the stream, its reason comes with the end; the sink only says that it is closed.
+    let finished = sink.as_mut().finish().await;
+    match (finished, sent) {
+        (Ok(_), sent) => sent,
+        (Err(error), _) => Err(error),
+    }
+}
+
+/// Slices of the batch that cover the rows, in order.
+fn pieces<'a>(batch: &'a Batch, rows: &'a [u32]) -> impl Iterator<Item = std::ops::Range<usize>> + 'a {
+    let mut rows = rows.iter().map(|row| batch.row_range(*row as usize)).peekable();
+    std::iter::from_fn(move || {
+        let mut piece = rows.next()?;
+        while let Some(next) =
+            rows.next_if(|next| next.start == piece.end && next.end - piece.start <= PIECE_BYTES)
+        {
+            piece.end = next.end;
+        }
+        Some(piece)
+    })
+}
+
+/// The line, from 0, that an error's CONTEXT names: `COPY t, line N` or `COPY t, line N, column c`. The outermost COPY
+/// is the last; the table's name may itself look like one, so this is a hypothesis and is used as one.
+pub fn copy_line(context: &str) -> Option<usize> {
+    context.lines().rev().find_map(|line| {
+        let rest = line.strip_prefix("COPY ")?;
+        rest.match_indices(", line ").find_map(|(at, marker)| {
+            let after = &rest[at + marker.len()..];
+            let digits = after.find(|c: char| !c.is_ascii_digit()).unwrap_or(after.len());
+            let ends_well = matches!(after[digits..].chars().next(), None | Some(',' | ':'));
+            if ends_well { after[..digits].parse::<usize>().ok()?.checked_sub(1) } else { None }
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use pg_dedup_record::{BatchBuilder, Canonical, Column, ENCODING_VERSION, Layout};
+
+    use super::*;
+
+    #[test]
+    fn lines_are_read_from_the_context() {
+        assert_eq!(copy_line("COPY t, line 1"), Some(0));
+        assert_eq!(copy_line("COPY t, line 12, column a"), Some(11));
+        assert_eq!(copy_line("COPY t, line 12, column a: \"x\""), Some(11));
+        assert_eq!(copy_line("COPY my, line table, line 7"), Some(6));
+        assert_eq!(copy_line("PL/pgSQL function f() line 3 at RAISE\nCOPY t, line 5"), Some(4));
+        assert_eq!(copy_line("COPY inner, line 2\nSQL statement \"COPY\"\nCOPY outer, line 9"), Some(8));
+        for none in [
+            "",
+            "COPY t",
+            "COPY t, line ",
+            "COPY t, line 0",
+            "COPY t, line x",
+            "SQL statement \"COPY t, line 3\"",
+        ] {
+            assert_eq!(copy_line(none), None, "{none}");
+        }
+    }
+
+    fn batch(rows: usize, bytes: usize) -> Batch {
+        let column = Column { name: "c".into(), type_name: "bytea".into(), canonical: Canonical::Verbatim };
+        let layout = Layout {
+            encoding_version: ENCODING_VERSION,
+            columns: vec![column],
+            content: vec![0],
+            key: vec![],
+            rest: vec![],
+        };
+        let mut data = pgcopy::header().to_vec();
+        for row in 0..rows {
+            pgcopy::write_tuple(&[Some(&vec![row as u8; bytes])], &mut data).unwrap();
+        }
+        data.extend_from_slice(pgcopy::trailer());
+        let mut builder = BatchBuilder::new(&layout, true);
+        builder.push(&data).unwrap();
+        builder.finish().unwrap()
+    }
+
+    #[test]
+    fn neighbours_are_sent_together() {
+        let batch = batch(6, 10);
+        let pieces: Vec<_> = pieces(&batch, &[0, 1, 3, 4, 5]).collect();
+        let row = |i| batch.row_range(i);
+        assert_eq!(pieces, [row(0).start..row(1).end, row(3).start..row(5).end]);
+    }
+
+    #[test]
+    fn pieces_stay_small_and_rows_whole() {
+        let batch = batch(5, 400_000);
+        let all: Vec<u32> = (0..5).collect();
+        let pieces: Vec<_> = pieces(&batch, &all).collect();
+        assert_eq!(pieces.len(), 3);
+        assert!(pieces.iter().all(|piece| piece.len() <= PIECE_BYTES));
+        let wide = self::batch(1, 3 << 20);
+        assert_eq!(self::pieces(&wide, &[0]).count(), 1);
+    }
+}
