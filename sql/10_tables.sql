@@ -60,6 +60,7 @@ CREATE TABLE dedup.run_tables (
     content_rule     text NOT NULL,
     keyless          bool NOT NULL,
     source_spec      jsonb,
+    local_options    jsonb NOT NULL DEFAULT '{}',
     range_comparable bool NOT NULL DEFAULT false,
     depends_on       int[] NOT NULL DEFAULT '{}',
     PRIMARY KEY (run_id, table_id)
@@ -73,6 +74,7 @@ COMMENT ON COLUMN dedup.run_tables.layout IS 'columns in COPY order with their c
 COMMENT ON COLUMN dedup.run_tables.content_rule IS 'which rule chose the content columns, in words';
 COMMENT ON COLUMN dedup.run_tables.keyless IS 'the target has no usable unique key; rows are verified by one scan at the end';
 COMMENT ON COLUMN dedup.run_tables.source_spec IS 'how a worker reads the source; null: the target database sees it itself';
+COMMENT ON COLUMN dedup.run_tables.local_options IS 'filter (where) and transforms of a source that the target database sees';
 COMMENT ON COLUMN dedup.run_tables.range_comparable IS 'source and target order keys alike, so a chunk''s range holds on both sides';
 COMMENT ON COLUMN dedup.run_tables.depends_on IS 'pairs whose chunks come first because a foreign key points at them';
 

@@ -240,8 +240,9 @@ BEGIN
     END IF;
 
     SELECT coalesce(max(x.table_id), 0) + 1 INTO id FROM dedup.run_tables AS x WHERE x.run_id = run;
-    INSERT INTO dedup.run_tables (run_id, table_id, source, target_id, layout, content_rule, keyless, source_spec)
-    VALUES (run, id, source, t.target_id, table_layout, rule, cardinality(key) = 0, options -> 'source');
+    INSERT INTO dedup.run_tables (run_id, table_id, source, target_id, layout, content_rule, keyless, source_spec, local_options)
+    VALUES (run, id, source, t.target_id, table_layout, rule, cardinality(key) = 0, options -> 'source',
+        jsonb_strip_nulls(jsonb_build_object('where', options -> 'where', 'transforms', options -> 'transforms')));
     PERFORM dedup.order_tables(run);
     PERFORM dedup.log_event(run, NULL, 'table_added', jsonb_build_object('table_id', id, 'source', source, 'target', target::text, 'content_rule', rule));
     RETURN id;

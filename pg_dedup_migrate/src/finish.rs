@@ -13,7 +13,7 @@ use pgrx::{JsonB, Uuid, pg_sys};
 
 use crate::chunk::{self, OpenChunk, required};
 use crate::error::{Error, Result};
-use crate::hash::rows::{self, ScanSnapshot};
+use crate::hash::rows;
 use crate::keyset::column_list;
 use crate::relation::{Access, Table};
 use crate::segment::{SegmentWriter, next_number};
@@ -34,7 +34,11 @@ const UPDATED: usize = 2;
 const DUPLICATE: usize = 4;
 
 impl Books {
-    fn parse(counts: &[i64], checksums: &[u8]) -> Result<Self> {
+    /// Parses what the protocol sends.
+    ///
+    /// # Errors
+    /// 22023 for anything but six counts and six checksums.
+    pub fn parse(counts: &[i64], checksums: &[u8]) -> Result<Self> {
         let counts: [i64; 6] = counts.try_into().map_err(|_| Error::invalid("counts must be six numbers"))?;
         if counts.iter().any(|&n| n < 0) {
             return Err(Error::invalid("counts must not be negative"));
@@ -280,7 +284,7 @@ fn read_back(
         );
         let arguments: Vec<_> = arguments.into_iter().map(Into::into).collect();
         let (mut count, mut sum) = (0i64, Checksum::default());
-        rows::scan(&query, &arguments, &chunk.layout, 1, ScanSnapshot::Fresh, |row| {
+        rows::scan(&query, &arguments, &chunk.layout, 1, |row| {
             if is_own(&row)? {
                 count += 1;
                 sum.add(&row.digests()?.row);
@@ -307,7 +311,7 @@ fn read_back_by_key(chunk: &OpenChunk, manifest: &[wire::ManifestEntry<'_>]) -> 
     let mut seen = vec![false; manifest.len()];
     let mut different = 0usize;
     let mut example = None;
-    rows::scan(&query, &arrays, &chunk.layout, 2, ScanSnapshot::Fresh, |row| {
+    rows::scan(&query, &arrays, &chunk.layout, 2, |row| {
         let n = required(row.trailing::<i64>(1)?)? as usize - 1;
         let entry = &manifest[n];
         let digests = row.digests()?;

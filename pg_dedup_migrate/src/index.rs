@@ -11,7 +11,7 @@ use pgrx::{JsonB, PgRelation, Uuid, pg_sys};
 
 use crate::chunk::{self, required};
 use crate::error::{Error, Result};
-use crate::hash::rows::{self, ScanSnapshot};
+use crate::hash::rows;
 use crate::keyset::{KeyTypes, column_list, qualified_name};
 use crate::lookup::{self, Place};
 use crate::relation::{Access, Snapshot, Table};
@@ -426,7 +426,7 @@ fn index_rows(target: &Target) -> Result<i64> {
     )?;
     let mut batch: Vec<Indexed> = Vec::new();
     let mut added = 0;
-    rows::scan(&query, &[], &target.layout, 0, ScanSnapshot::Fresh, |row| {
+    rows::scan(&query, &[], &target.layout, 0, |row| {
         let digests = row.digests()?;
         let mut row_digest = [0; 8];
         row_digest.copy_from_slice(&digests.row.as_bytes()[..8]);

@@ -29,6 +29,16 @@ pub fn quote_ident(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
+/// A text literal that means the same under any setting.
+pub fn quote_literal(text: &str) -> String {
+    let quoted = text.replace('\'', "''");
+    if quoted.contains('\\') {
+        format!(" E'{}'", quoted.replace('\\', "\\\\"))
+    } else {
+        format!("'{quoted}'")
+    }
+}
+
 /// The layout's columns of the row source `alias`, in COPY order.
 pub fn column_list(layout: &Layout, alias: &str) -> String {
     let columns: Vec<String> =

@@ -14,12 +14,14 @@ use pgrx::prelude::*;
 mod chunk;
 mod claim;
 mod compaction;
+mod copy;
 mod error;
 mod finish;
 mod guc;
 mod hash;
 mod index;
 mod keyset;
+mod local;
 mod lookup;
 mod orphans;
 mod protocol;
@@ -44,6 +46,11 @@ extension_sql_file!(
     "../../sql/30_runs.sql",
     name = "runs",
     requires = ["tables", protocol::target_layout, hash::sql::checksum_add]
+);
+extension_sql_file!(
+    "../../sql/35_local.sql",
+    name = "local",
+    requires = ["complete", "lease", local::run_chunk]
 );
 extension_sql_file!("../../sql/40_lease.sql", name = "lease", requires = ["runs"]);
 extension_sql_file!("../../sql/45_views.sql", name = "views", requires = ["tables", index::ledger_entries]);

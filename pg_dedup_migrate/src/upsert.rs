@@ -16,7 +16,7 @@ use pgrx::prelude::*;
 use crate::chunk::{self, OpenChunk, required};
 use crate::error::{Error, Result};
 use crate::finish::draw_ordinal;
-use crate::hash::rows::{self, ScanSnapshot};
+use crate::hash::rows;
 use crate::keyset::{column_list, quote_ident};
 use crate::lookup;
 use crate::relation::Snapshot;
@@ -91,7 +91,7 @@ pub fn match_rows(chunk: &mut OpenChunk, keys: &[&[u8]], row_digests: &[[u8; 32]
     );
     // (content digest, position) of each row found.
     let mut found: Vec<([u8; 32], u32)> = Vec::new();
-    rows::scan(&query, &chunk.key_types.arrays(keys)?, &chunk.layout, 1, ScanSnapshot::Fresh, |row| {
+    rows::scan(&query, &chunk.key_types.arrays(keys)?, &chunk.layout, 1, |row| {
         let n = required(row.trailing::<i64>(0)?)? as usize - 1;
         let digests = row.digests()?;
         matches[n] =
@@ -317,7 +317,7 @@ fn keep_before_images(
         )?)
     };
     let query = format!("SELECT {} FROM {from}", column_list(&chunk.layout, "t"));
-    rows::scan(&query, arguments, &chunk.layout, 0, ScanSnapshot::Fresh, |row| {
+    rows::scan(&query, arguments, &chunk.layout, 0, |row| {
         let mut image = Vec::new();
         row.write_tuple(&mut image)?;
         bytes += image.len();

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use crate::conn::Session;
 use crate::error::{At, Error, Kind, Result, Side};
 use crate::failpoint::{self, Failpoint};
-use crate::fold::{Books, Fold, Refusal, Refused, Way};
+use pg_dedup_record::fold::{Books, Fold, Refusal, Refused, Way};
 use crate::protocol::{self, ChunkCalls, Lease};
 use crate::read::ReadChunk;
 use crate::tables::TableWork;

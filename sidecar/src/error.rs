@@ -294,6 +294,20 @@ impl<T> At<T> for std::result::Result<T, tokio_postgres::Error> {
     }
 }
 
+impl From<pg_dedup_record::fold::FoldError> for Error {
+    fn from(error: pg_dedup_record::fold::FoldError) -> Self {
+        use pg_dedup_record::fold::FoldError;
+        let side = match &error {
+            FoldError::Stream(_) => Side::Source,
+            FoldError::Verdicts { .. } => Side::Target,
+            FoldError::Key(_) | FoldError::Undecided => {
+                return Error::here(Kind::Protocol, error.to_string());
+            }
+        };
+        Error::new(side, Kind::Protocol, error.to_string())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

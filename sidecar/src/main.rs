@@ -44,7 +44,6 @@ mod doctor;
 mod error;
 mod failpoint;
 mod finish;
-mod fold;
 mod heartbeat;
 mod names;
 mod plan;

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use crate::conn::Session;
 use crate::error::{At, Result};
-use crate::fold::Books;
+use pg_dedup_record::fold::Books;
 
 /// What this process has done, for all its workers.
 #[derive(Debug, Default)]

@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use crate::conn::{Session, protocol_error};
 use crate::error::{At, Error, Result, Side};
-use crate::fold::{Books, Refusal};
+use pg_dedup_record::fold::{Books, Refusal};
 use crate::source::{Range, RangeKind};
 
 /// A worker's hold on a chunk.

@@ -184,6 +184,8 @@ impl Worker {
                 Err(error) if error.policy() == Policy::Retry => {
                     tracing::warn!("{error}; connecting anew");
                     self.target = None;
+                    // The lease may have been granted and its answer lost.
+                    self.renew_identity();
                     tokio::time::sleep(SHORTEST_PAUSE).await;
                 }
                 result => return result,
@@ -257,8 +259,7 @@ impl Worker {
             Err(unreported) => {
                 // Nobody else will take the chunk while this identity lives.
                 tracing::warn!("chunk {}: {error}; could not be given back: {unreported}", lease.chunk_id);
-                self.identities.leave(self.id);
-                self.id = self.identities.take();
+                self.renew_identity();
                 if self.crew.stop.finishing() {
                     return Ok(());
                 }
@@ -270,6 +271,12 @@ impl Worker {
             self.rest(pause).await;
         }
         Ok(())
+    }
+
+    /// Lets leases that this worker knows nothing of run out with the identity they were granted to.
+    fn renew_identity(&mut self) {
+        self.identities.leave(self.id);
+        self.id = self.identities.take();
     }
 
     async fn rolled_back(&self) -> bool {

@@ -11,7 +11,7 @@ use tokio_postgres::Statement;
 use crate::conn::protocol_error;
 use crate::error::{At, Error, Result, Side, condition_name, refuses_record};
 use crate::failpoint::{self, Failpoint};
-use crate::fold::{Refusal, Way};
+use pg_dedup_record::fold::{Refusal, Way};
 use crate::protocol::ChunkCalls;
 use crate::tables::TableWork;
 

@@ -29,6 +29,7 @@
 //! | [`wire`] | packed arguments of the worker protocol |
 //! | [`block`] | packed sorted entries of the hash index and the ledger |
 //! | [`batch`] | the rows of one chunk in memory, and their groups |
+//! | [`fold`] | what becomes of each record of a chunk |
 //! | [`write_plan`] | finding the rows that a target refuses |
 //! | [`range`] | chunk boundaries from a sample |
 #![forbid(unsafe_code)]
@@ -38,6 +39,7 @@ pub mod block;
 pub mod canonical;
 pub mod checksum;
 pub mod digest;
+pub mod fold;
 pub mod key;
 pub mod layout;
 pub mod pgcopy;
@@ -54,6 +56,7 @@ pub use batch::{Batch, BatchBuilder, BatchError, Groups};
 pub use canonical::{Canonical, CanonicalError};
 pub use checksum::Checksum;
 pub use digest::Digest;
+pub use fold::Fold;
 pub use layout::{Column, Layout, LayoutError};
 pub use record::{ContentHasher, RecordDigests, RecordHasher};
 pub use write_plan::WritePlan;

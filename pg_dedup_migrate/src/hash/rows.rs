@@ -20,20 +20,11 @@ use pgrx::{FromDatum, IntoDatum, PgSqlErrorCode, PgTupleDesc, pg_guard};
 use std::ffi::{CStr, CString, c_int};
 use std::ptr;
 
-/// Which rows a scan sees.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ScanSnapshot {
-    /// A fresh snapshot, as the transaction's isolation level gives it, including everything this transaction
-    /// has done so far. The query may lock rows or write.
-    Fresh,
-    /// As [`ScanSnapshot::Fresh`], but committed rows are seen as of now under REPEATABLE READ too. Read-only.
-    Latest,
-}
-
 /// Runs `query` and calls `on_row` for each row; returns how many there were.
 ///
 /// The query's columns are those of `layout`, in its order and in its types (modifiers may differ), then
-/// `trailing` others of any type. An error that `on_row` returns stops the scan and is returned. The scan
+/// `trailing` others of any type. It sees what the transaction's isolation level lets it see now and everything
+/// this transaction has done so far; it may lock rows. An error that `on_row` returns stops the scan and is returned. The scan
 /// runs without parallel workers, so `on_row` may write. What `on_row` allocates in the server lives
 /// in the memory context that was current when `scan` was called.
 ///
@@ -44,7 +35,6 @@ pub fn scan(
     params: &[DatumWithOid<'_>],
     layout: &Layout,
     trailing: usize,
-    snapshot: ScanSnapshot,
     mut on_row: impl FnMut(RowView<'_>) -> Result<()>,
 ) -> Result<u64> {
     layout.validate().map_err(|error| Error::invalid(error.to_string()))?;
@@ -67,7 +57,7 @@ pub fn scan(
         failure: None,
     };
     // SAFETY: the receiver begins with its DestReceiver and outlives the execution.
-    let executed = unsafe { session.execute(&text, params, snapshot, (&raw mut receiver).cast()) };
+    let executed = unsafe { session.execute(&text, params, (&raw mut receiver).cast()) };
     let Receiver { reader, rows, failure, .. } = receiver;
     let started = reader.is_some();
     drop(reader);
@@ -97,11 +87,6 @@ impl RowView<'_> {
         self.hasher.hash(self.fields).map_err(send::malformed)
     }
 
-    /// Is a key column NULL?
-    pub fn is_null_key(&self) -> bool {
-        self.layout.key.iter().any(|&column| self.fields[column].is_none())
-    }
-
     /// Appends the row's key bytes; false, and nothing appended, if a key column is NULL.
     ///
     /// # Errors
@@ -129,11 +114,6 @@ impl RowView<'_> {
     pub fn write_tuple(&self, out: &mut Vec<u8>) -> Result<()> {
         pgcopy::write_tuple(self.fields, out)
             .map_err(|error| Error::new(PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED, error.to_string()))
-    }
-
-    /// The send bytes of each layout column; `None` is NULL. Not canonical: they carry this cluster's OIDs.
-    pub fn fields(&self) -> &[Option<&[u8]>] {
-        self.fields
     }
 
     /// The value of the `index`th trailing column.
@@ -332,7 +312,6 @@ impl SpiSession {
         &self,
         query: &CStr,
         params: &[DatumWithOid<'_>],
-        snapshot: ScanSnapshot,
         receiver: *mut pg_sys::DestReceiver,
     ) -> Result<()> {
         let mut types: Vec<Oid> = params.iter().map(DatumWithOid::oid).collect();
@@ -344,29 +323,16 @@ impl SpiSession {
         }
         let options = pg_sys::SPIExecuteOptions {
             params: param_list(params),
-            read_only: snapshot != ScanSnapshot::Fresh,
+            // A fresh snapshot, after CommandCounterIncrement.
+            read_only: false,
             allow_nonatomic: false,
             must_return_tuples: true,
             tcount: 0,
             dest: receiver,
             owner: ptr::null_mut(),
         };
-        // SAFETY: inside a transaction. What is pushed is popped below, or at abort.
-        unsafe {
-            match snapshot {
-                ScanSnapshot::Fresh => {}
-                ScanSnapshot::Latest => {
-                    pg_sys::CommandCounterIncrement();
-                    pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot());
-                }
-            }
-        }
         // SAFETY: plan and options are valid, and so is `receiver` by this function's contract.
         let code = unsafe { pg_sys::SPI_execute_plan_extended(plan, &options) };
-        if snapshot == ScanSnapshot::Latest {
-            // SAFETY: pushed above.
-            unsafe { pg_sys::PopActiveSnapshot() };
-        }
         spi_ok("SPI_execute_plan_extended", code)
     }
 }

@@ -6,7 +6,7 @@ use pgrx::prelude::*;
 mod tests {
     use crate::error::{Error, Result};
     use crate::hash::layout::target_layout;
-    use crate::hash::rows::{RowView, ScanSnapshot, scan};
+    use crate::hash::rows::{RowView, scan};
     use crate::hash::types;
     use pg_dedup_record::canonical::Canonical;
     use pg_dedup_record::digest::Digest;
@@ -36,7 +36,7 @@ mod tests {
     }
 
     fn rows(query: &str, layout: &Layout, on_row: impl FnMut(RowView<'_>) -> Result<()>) -> Result<u64> {
-        scan(query, &[], layout, 0, ScanSnapshot::Fresh, on_row)
+        scan(query, &[], layout, 0, on_row)
     }
 
     /// Every value of a verbatim type hashes as its send function says.
@@ -125,7 +125,7 @@ mod tests {
         let mut seen = Vec::new();
         let count = rows("SELECT id, t, n, a, d FROM scanned ORDER BY id", &layout, |row| {
             let mut key = Vec::new();
-            assert!(!row.is_null_key() && row.write_key(&mut key)?);
+            assert!(row.write_key(&mut key)?);
             let mut tuple = vec![0xff];
             row.write_tuple(&mut tuple)?;
             assert_eq!(tuple[1..11], [0, 5, 0, 0, 0, 8, 0, 0, 0, 0]);
@@ -181,8 +181,8 @@ mod tests {
     fn a_callback_may_use_spi_and_write() {
         run("CREATE TABLE origin AS SELECT i FROM generate_series(1, 10) i; CREATE TABLE copied (i int)");
         let layout = layout("origin", "i", "", "i").unwrap();
-        rows("SELECT i FROM origin", &layout, |row| {
-            let value = row.fields()[0].map(|bytes| i32::from_be_bytes(bytes.try_into().unwrap()));
+        scan("SELECT i, i FROM origin", &[], &layout, 1, |row| {
+            let value = row.trailing::<i32>(0)?;
             Ok(Spi::run_with_args("INSERT INTO copied VALUES ($1)", &[value.into()])?)
         })
         .unwrap();
@@ -202,16 +202,17 @@ mod tests {
         let layout = layout("trailed", "i", "", "i").unwrap();
         let query = "SELECT i, xmin, ctid, t, NULL::int8 FROM trailed WHERE i > $1 AND t <> $2";
         let params = [5.into(), "8".into()];
-        let count = scan(query, &params, &layout, 4, ScanSnapshot::Fresh, |row| {
+        let count = scan(query, &params, &layout, 4, |row| {
             assert_eq!(
                 row.trailing::<pg_sys::TransactionId>(0)?,
                 Some(get::<pg_sys::TransactionId>("SELECT pg_current_xact_id()::xid").unwrap())
             );
             assert!(row.trailing::<pg_sys::ItemPointerData>(1)?.is_some_and(|tid| tid.ip_posid > 5));
-            assert_eq!(
-                row.trailing::<String>(2)?.map(|text| text.parse::<i32>().unwrap().to_be_bytes().to_vec()),
-                row.fields()[0].map(<[u8]>::to_vec)
-            );
+            let mut tuple = Vec::new();
+            row.write_tuple(&mut tuple)?;
+            let value =
+                row.trailing::<String>(2)?.map(|text| text.parse::<i32>().unwrap().to_be_bytes().to_vec());
+            assert_eq!(value.as_deref(), tuple.get(6..10));
             assert_eq!(row.trailing::<i64>(3)?, None);
             assert!(row.trailing::<i64>(2).is_err() && row.trailing::<i64>(4).is_err());
             Ok(())
@@ -220,17 +221,11 @@ mod tests {
     }
 
     #[pg_test]
-    fn snapshots_see_what_they_say() {
+    fn a_scan_sees_this_transactions_rows_and_may_lock_them() {
         run("CREATE TABLE snapped (i int)");
         let layout = layout("snapped", "i", "", "i").unwrap();
-        let seen = |snapshot| scan("SELECT i FROM snapped", &[], &layout, 0, snapshot, |_| Ok(())).unwrap();
         run("INSERT INTO snapped VALUES (1)");
-        assert_eq!(seen(ScanSnapshot::Fresh), 1);
-        assert_eq!(seen(ScanSnapshot::Latest), 1);
-        // The test's own statement began before the table had rows.
-        assert_eq!(seen(ScanSnapshot::Active), 0);
-        let lock = "SELECT i FROM snapped FOR NO KEY UPDATE";
-        assert_eq!(rows(lock, &layout, |_| Ok(())).unwrap(), 1);
+        assert_eq!(rows("SELECT i FROM snapped FOR NO KEY UPDATE", &layout, |_| Ok(())).unwrap(), 1);
     }
 
     #[pg_test]
@@ -255,12 +250,11 @@ mod tests {
         rows("SELECT b, a FROM nullable ORDER BY a", &layout, |row| {
             let mut key = vec![9];
             let whole = row.write_key(&mut key)?;
-            assert_eq!(whole, !row.is_null_key());
-            keys.push(key);
+            keys.push((whole, key));
             Ok(())
         })
         .unwrap();
-        assert_eq!(keys, [vec![9], vec![9, 0, 0, 0, 4, 0, 0, 0, 2, b'x']]);
+        assert_eq!(keys, [(false, vec![9]), (true, vec![9, 0, 0, 0, 4, 0, 0, 0, 2, b'x'])]);
     }
 
     #[pg_test]

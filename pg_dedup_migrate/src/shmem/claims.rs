@@ -87,13 +87,6 @@ pub fn release<'d>(scope: Scope, digests: impl ExactSizeIterator<Item = &'d [u8;
     })
 }
 
-/// The (sub)transaction that has claimed this content hash, or one that can't be told from it.
-pub fn owner(scope: Scope, digest: &[u8; 32]) -> Result<Option<pg_sys::TransactionId>> {
-    let mut found = None;
-    claims::owners(attached()?, &[scope.key(digest)], |_, owner| found = owner);
-    Ok(found.map(pg_sys::TransactionId::from))
-}
-
 /// Checks that this transaction has claimed every one of these content hashes, ascending; 55000 if not.
 pub fn verify_ours<'d>(scope: Scope, digests: impl ExactSizeIterator<Item = &'d [u8; 32]>) -> Result<()> {
     let shared = attached()?;

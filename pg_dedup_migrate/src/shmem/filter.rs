@@ -23,12 +23,7 @@ pub fn probe_sorted<'d>(
     Ok(())
 }
 
-/// Sets a content hash; `true` if all its bits were set before.
-pub fn set(scope: Scope, digest: &[u8; 32]) -> Result<bool> {
-    Ok(attached()?.filter().insert(scope.key(digest)))
-}
-
-/// [`set`] for many, answers appended to `seen`. Ascending digests walk memory forwards.
+/// Sets content hashes; `seen` gets, appended, whether all bits of each were set before. Ascending digests walk memory forwards.
 pub fn set_sorted<'d>(
     scope: Scope,
     digests: impl Iterator<Item = &'d [u8; 32]>,

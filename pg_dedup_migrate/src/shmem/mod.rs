@@ -113,13 +113,6 @@ pub fn attached_if_preloaded() -> Option<&'static Shared> {
     unsafe { ATTACHED.load(Ordering::Acquire).as_ref() }
 }
 
-/// Packed digests as a slice, 22023 if bytes are left over.
-pub fn unpack(packed: &[u8]) -> Result<&[[u8; 32]]> {
-    pg_dedup_shared::key::unpack(packed).ok_or_else(|| {
-        Error::invalid(format!("packed content hashes have {} bytes, not a multiple of 32", packed.len()))
-    })
-}
-
 /// The scope of one target of the current database.
 pub fn scope(target: u32) -> Scope {
     // SAFETY: set once, when the backend connects to its database.

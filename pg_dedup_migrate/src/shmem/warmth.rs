@@ -63,11 +63,6 @@ pub fn mark_cold_until_end_of_transaction(database: Oid, segment: Oid) -> Result
     })
 }
 
-/// How many segment tables are warm, in all databases.
-pub fn warm_areas() -> usize {
-    attached_if_preloaded().map_or(0, |shared| shared.warmth().warm_areas())
-}
-
 /// Whether this transaction has marked anything.
 pub(super) fn has_marks() -> bool {
     MARKS.with_borrow(|marks| !marks.is_empty())

@@ -16,10 +16,34 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::OnceLock;
 
-use pg_dedup_record::wire::{LedgerEntry, ManifestEntry, WireError, encode_key};
-use pg_dedup_record::{Batch, BatchError, Checksum, Groups};
+use crate::wire::{self, LedgerEntry, ManifestEntry, WireError, encode_key};
+use crate::{Batch, BatchError, Checksum, Groups};
 
-use crate::error::{Error, Kind, Result, Side};
+/// Why the records of a chunk can't be settled.
+#[derive(Debug, thiserror::Error)]
+pub enum FoldError {
+    /// The source's stream or a key in it is malformed.
+    #[error("the stream of the chunk: {0}")]
+    Stream(#[from] BatchError),
+    /// A key is too long to be packed.
+    #[error("a key can't be packed: {0}")]
+    Key(#[from] WireError),
+    /// The other side of the protocol answered something else than was asked.
+    #[error("{call} answered {answers} verdicts to {questions} questions, or one it does not know")]
+    Verdicts {
+        /// The protocol's call.
+        call: &'static str,
+        /// Verdicts received.
+        answers: usize,
+        /// Questions asked.
+        questions: usize,
+    },
+    /// A step of the protocol was left out.
+    #[error("a record of the chunk was left undecided")]
+    Undecided,
+}
+
+type Result<T> = std::result::Result<T, FoldError>;
 
 /// What became of a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -185,7 +209,7 @@ impl<'a> Fold<'a> {
                 match batch.key_into(row, &mut scratch) {
                     Ok(()) => {}
                     Err(BatchError::NullKey { .. }) => fold.refuse(row as u32, Refusal::null_key()),
-                    Err(error) => return Err(malformed(&error)),
+                    Err(error) => return Err(error.into()),
                 }
             }
         }
@@ -201,8 +225,8 @@ impl<'a> Fold<'a> {
                 continue;
             }
             key.clear();
-            self.batch.key_into(row, &mut key).map_err(|e| malformed(&e))?;
-            encode_key(&key, &mut ask.keys).map_err(|e| unpackable(&e))?;
+            self.batch.key_into(row, &mut key)?;
+            encode_key(&key, &mut ask.keys)?;
             ask.row_digests.extend_from_slice(&self.batch.digests(row).row.0);
             ask.rows.push(row as u32);
         }
@@ -213,9 +237,9 @@ impl<'a> Fold<'a> {
     pub fn matched(&mut self, asked: &KeysToMatch, verdicts: &[u8]) -> Result<()> {
         expect_verdicts("match_keys", verdicts, asked.rows.len(), 6)?;
         let mut first_of: HashMap<&[u8], u32> = HashMap::with_capacity(asked.rows.len());
-        let keys = pg_dedup_record::wire::keys(&asked.keys);
+        let keys = wire::keys(&asked.keys);
         for ((&row, &verdict), key) in asked.rows.iter().zip(verdicts).zip(keys) {
-            let key = key.map_err(|e| unpackable(&e))?;
+            let key = key?;
             let first = *first_of.entry(key).or_insert(row);
             if first != row {
                 self.repeated(first, row);
@@ -416,7 +440,7 @@ impl<'a> Fold<'a> {
         match self.batch.key(row as usize) {
             Ok(key) => Ok(key),
             Err(BatchError::NullKey { .. }) => Ok(Vec::new()),
-            Err(error) => Err(malformed(&error)),
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -431,12 +455,12 @@ impl<'a> Fold<'a> {
             if self.states[self.group_of[row] as usize] == GroupState::Standing {
                 self.outcomes[row] = Outcome::Duplicate;
                 if self.keys[row] == Key::Changed {
-                    encode_key(&self.key(row as u32)?, &mut superseded).map_err(|e| unpackable(&e))?;
+                    encode_key(&self.key(row as u32)?, &mut superseded)?;
                 }
             } else if self.keys[row] == Key::Repeated {
                 self.refuse(row as u32, Refusal::key_collision());
             } else {
-                return Err(Error::here(Kind::Protocol, "a record of the chunk was left undecided"));
+                return Err(FoldError::Undecided);
             }
         }
         Ok(superseded)
@@ -454,7 +478,7 @@ impl<'a> Fold<'a> {
                 Outcome::Duplicate => 4,
                 Outcome::Quarantined => 5,
                 Outcome::Open | Outcome::Parked => {
-                    return Err(Error::here(Kind::Protocol, "a record of the chunk was left undecided"));
+                    return Err(FoldError::Undecided);
                 }
             };
             books.counts[place] += 1;
@@ -478,8 +502,7 @@ impl<'a> Fold<'a> {
                     Outcome::Inserted | Outcome::Updated => {
                         let row_digest = self.batch.digests(row as usize).row;
                         ManifestEntry { digest, row_digest, key: &self.key(row)? }
-                            .encode(&mut books.manifest)
-                            .map_err(|e| unpackable(&e))?;
+                            .encode(&mut books.manifest)?;
                     }
                     Outcome::Duplicate => losers.push(self.key(row)?),
                     _ => {}
@@ -487,30 +510,18 @@ impl<'a> Fold<'a> {
             }
             losers.sort_unstable();
             for key in &losers {
-                LedgerEntry { digest, key }.encode(&mut books.ledger).map_err(|e| unpackable(&e))?;
+                LedgerEntry { digest, key }.encode(&mut books.ledger)?;
             }
         }
         Ok(())
     }
 }
 
-fn expect_verdicts(call: &str, verdicts: &[u8], wanted: usize, highest: u8) -> Result<()> {
+fn expect_verdicts(call: &'static str, verdicts: &[u8], wanted: usize, highest: u8) -> Result<()> {
     if verdicts.len() == wanted && verdicts.iter().all(|verdict| *verdict <= highest) {
         return Ok(());
     }
-    Err(Error::new(
-        Side::Target,
-        Kind::Protocol,
-        format!("{call} answered {} verdicts to {wanted} questions, or one it does not know", verdicts.len()),
-    ))
-}
-
-fn malformed(error: &BatchError) -> Error {
-    Error::new(Side::Source, Kind::Protocol, format!("the stream of the chunk: {error}"))
-}
-
-fn unpackable(error: &WireError) -> Error {
-    Error::here(Kind::Protocol, format!("a key can't be packed: {error}"))
+    Err(FoldError::Verdicts { call, answers: verdicts.len(), questions: wanted })
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Tests of [`super::Fold`] on small batches of (key, content).
 
-use pg_dedup_record::{BatchBuilder, Canonical, Column, ENCODING_VERSION, Layout, pgcopy, wire};
+use crate::{BatchBuilder, Canonical, Column, ENCODING_VERSION, Layout, pgcopy, wire};
 
 use super::*;
 

@@ -1,0 +1,175 @@
+//! COPY inside the server: the rows of a batch go into a table through the server's own COPY code, so that constraints, triggers,
+//! partition routing and generated columns behave as they always do.
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::ffi::{CString, c_int, c_void};
+
+use bytes::{Buf, Bytes};
+use pg_dedup_record::layout::Layout;
+use pg_dedup_record::{Batch, pgcopy};
+use pgrx::prelude::*;
+use pgrx::{PgTryBuilder, pg_guard, pg_sys};
+
+use crate::error::{Error, Result};
+
+unsafe extern "C-unwind" {
+    /// From parser/parse_relation.h, which the bindings leave out.
+    fn addRangeTableEntryForRelation(
+        pstate: *mut pg_sys::ParseState,
+        rel: pg_sys::Relation,
+        lockmode: c_int,
+        alias: *mut c_void,
+        inh: bool,
+        in_from_clause: bool,
+    ) -> *mut c_void;
+}
+
+thread_local! {
+    /// What the COPY that is running has still to read. COPY's callback has no argument to carry it.
+    static FEED: RefCell<VecDeque<Bytes>> = const { RefCell::new(VecDeque::new()) };
+}
+
+/// A refusal that lies in a record: SQLSTATE and primary message.
+#[derive(Debug)]
+pub struct Refused {
+    /// SQLSTATE.
+    pub sqlstate: String,
+    /// The server's message, without values.
+    pub message: String,
+}
+
+/// Runs `work` in a subtransaction of its own that ends with `SET CONSTRAINTS ALL IMMEDIATE`. What the target refuses for a reason that
+/// lies in a record (classes 22, 23 and 44, and P0001) is taken back and returned; any other ERROR passes through.
+///
+/// # Errors
+/// What `work` returns.
+pub fn attempt(
+    work: impl FnOnce() -> Result<()> + std::panic::UnwindSafe,
+) -> Result<std::result::Result<(), Refused>> {
+    // SAFETY: plain globals of this backend, restored below; the subtransaction is released or rolled back on every path that
+    // does not leave by an ERROR, and by the outer abort on that one.
+    let (context, owner) = unsafe { (pg_sys::CurrentMemoryContext, pg_sys::CurrentResourceOwner) };
+    // SAFETY: inside a transaction, not in a parallel worker.
+    unsafe {
+        pg_sys::BeginInternalSubTransaction(std::ptr::null());
+        pg_sys::CurrentMemoryContext = context;
+    }
+    let outcome = PgTryBuilder::new(|| -> Result<std::result::Result<(), Refused>> {
+        work()?;
+        Spi::run("SET CONSTRAINTS ALL IMMEDIATE")?;
+        Ok(Ok(()))
+    })
+    .catch_others(|caught| {
+        let report = match &caught {
+            pg_sys::panic::CaughtError::PostgresError(report)
+            | pg_sys::panic::CaughtError::ErrorReport(report)
+            | pg_sys::panic::CaughtError::RustPanic { ereport: report, .. } => report,
+        };
+        let sqlstate = sqlstate(report.sql_error_code());
+        if refuses_record(&sqlstate) {
+            Ok(Err(Refused { sqlstate, message: report.message().to_owned() }))
+        } else {
+            caught.rethrow()
+        }
+    })
+    .execute();
+    FEED.with_borrow_mut(VecDeque::clear);
+    // SAFETY: the subtransaction begun above is the current one.
+    unsafe {
+        match &outcome {
+            Ok(Ok(())) => pg_sys::ReleaseCurrentSubTransaction(),
+            _ => pg_sys::RollbackAndReleaseCurrentSubTransaction(),
+        }
+        pg_sys::CurrentMemoryContext = context;
+        pg_sys::CurrentResourceOwner = owner;
+    }
+    outcome
+}
+
+/// The five characters of a packed SQLSTATE: six bits each, counted from '0' (MAKE_SQLSTATE of utils/elog.h).
+fn sqlstate(code: PgSqlErrorCode) -> String {
+    (0..5).map(|i| char::from(b'0' + ((code as u32 >> (6 * i)) & 0x3f) as u8)).collect()
+}
+
+/// Does an error of this SQLSTATE lie in the record that is being written?
+fn refuses_record(sqlstate: &str) -> bool {
+    matches!(&sqlstate[..2], "22" | "23" | "44") || sqlstate == "P0001"
+}
+
+/// Copies rows of a batch into `table`, in their order; returns how many the table took.
+///
+/// # Errors
+/// 42P01 for a table that is gone; whatever the table refuses the rows with passes through as its own ERROR.
+pub fn copy_in(table: pg_sys::Oid, layout: &Layout, batch: &Batch, rows: &[u32]) -> Result<u64> {
+    let mut feed = VecDeque::with_capacity(rows.len() + 2);
+    feed.push_back(Bytes::from_static(pgcopy::header()));
+    feed.extend(rows.iter().map(|&row| batch.data().slice(batch.row_range(row as usize))));
+    feed.push_back(Bytes::from_static(pgcopy::trailer()));
+    FEED.set(feed);
+    let columns = layout
+        .columns
+        .iter()
+        .map(|c| CString::new(c.name.as_str()).map_err(|_| Error::invalid("a column name holds a zero byte")))
+        .collect::<Result<Vec<_>>>()?;
+    // SAFETY: the table is opened with the lock that COPY takes and closed when it is done; names and nodes are palloc'ed in the
+    // current context and outlive the COPY; the callback reads only FEED. As the server's own table synchronisation does it.
+    unsafe {
+        let relation = pg_sys::table_open(table, pg_sys::RowExclusiveLock as pg_sys::LOCKMODE);
+        let state = pg_sys::make_parsestate(std::ptr::null_mut());
+        addRangeTableEntryForRelation(
+            state,
+            relation,
+            pg_sys::RowExclusiveLock as c_int,
+            std::ptr::null_mut(),
+            false,
+            false,
+        );
+        let mut names = std::ptr::null_mut();
+        for column in &columns {
+            names = pg_sys::lappend(names, pg_sys::makeString(pg_sys::pstrdup(column.as_ptr())).cast());
+        }
+        let format = pg_sys::makeDefElem(
+            pg_sys::pstrdup(c"format".as_ptr()),
+            pg_sys::makeString(pg_sys::pstrdup(c"binary".as_ptr())).cast(),
+            -1,
+        );
+        let options = pg_sys::lappend(std::ptr::null_mut(), format.cast());
+        let copy = pg_sys::BeginCopyFrom(
+            state,
+            relation,
+            std::ptr::null_mut(),
+            std::ptr::null(),
+            false,
+            Some(read_feed),
+            names,
+            options,
+        );
+        let written = pg_sys::CopyFrom(copy);
+        pg_sys::EndCopyFrom(copy);
+        pg_sys::free_parsestate(state);
+        pg_sys::table_close(relation, pg_sys::NoLock as pg_sys::LOCKMODE);
+        pg_sys::CommandCounterIncrement();
+        Ok(written)
+    }
+}
+
+/// COPY asks for between `min` and `max` bytes; fewer than `min` is the end.
+#[pg_guard]
+unsafe extern "C-unwind" fn read_feed(out: *mut c_void, _min: c_int, max: c_int) -> c_int {
+    let max = usize::try_from(max).unwrap_or(0);
+    // SAFETY: the server gives a buffer of `max` bytes.
+    let out = unsafe { std::slice::from_raw_parts_mut(out.cast::<u8>(), max) };
+    FEED.with_borrow_mut(|feed| {
+        let mut filled = 0;
+        while filled < out.len() {
+            let Some(piece) = feed.front_mut() else { break };
+            let take = piece.len().min(out.len() - filled);
+            piece.copy_to_slice(&mut out[filled..filled + take]);
+            filled += take;
+            if piece.is_empty() {
+                feed.pop_front();
+            }
+        }
+        filled as c_int
+    })
+}
