@@ -52,7 +52,7 @@ BEGIN
     SELECT c.* INTO picked FROM dedup.checkpoints AS c JOIN dedup.run_tables AS t ON t.run_id = c.run_id AND t.table_id = c.table_id
     WHERE c.run_id = run AND c.status = 'pending' AND (c.not_before IS NULL OR c.not_before <= clock_timestamp())
         AND (t.depends_on = '{}' OR NOT EXISTS (SELECT FROM dedup.checkpoints AS parent
-             WHERE parent.run_id = run AND parent.table_id = ANY (t.depends_on) AND parent.status IN ('pending', 'syncing')))
+             WHERE parent.run_id = run AND parent.table_id = ANY (t.depends_on) AND parent.status IN ('pending', 'syncing') AND parent.written_at IS NULL))
     ORDER BY c.chunk_no FOR UPDATE OF c SKIP LOCKED LIMIT 1;
     IF NOT FOUND THEN
         RETURN;
@@ -69,7 +69,8 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION dedup.lease_chunk(uuid, uuid) IS 'takes the next chunk for a worker, on the connection that will write it; no row: nothing to take now';
 
--- A retry waits 0.5 s, 1 s, 2 s … up to 30 s, with jitter, and is given up after max_attempts.
+-- A retry waits 0.5 s, 1 s, 2 s … up to 30 s, with jitter, and is given up after max_attempts. A full disk, an interrupt and a foreign key that
+-- waits for other chunks are not the chunk's fault: they burn no attempt.
 CREATE FUNCTION dedup.fail_chunk(run uuid, chunk_id text, lease uuid, sqlstate text, message text, detail text DEFAULT NULL,
     hint text DEFAULT NULL, retry bool DEFAULT false) RETURNS text
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -78,7 +79,8 @@ DECLARE
     new_status text;
 BEGIN
     UPDATE dedup.checkpoints AS c
-    SET status = CASE WHEN retry AND c.attempts < limit_attempts THEN 'pending' ELSE 'failed' END,
+    SET status = CASE WHEN retry AND (c.attempts < limit_attempts OR sqlstate IN ('53100', '57014', '23503')) THEN 'pending' ELSE 'failed' END,
+        attempts = c.attempts - CASE WHEN retry AND sqlstate IN ('53100', '57014', '23503') THEN 1 ELSE 0 END,
         not_before = clock_timestamp() + make_interval(secs => least(30, 0.5 * 2 ^ (c.attempts - 1)) * (0.5 + random())),
         error_sqlstate = fail_chunk.sqlstate, error_message = left(fail_chunk.message, 2000), error_hint = left(fail_chunk.hint, 2000)
     WHERE c.run_id = run AND c.chunk_id = fail_chunk.chunk_id AND c.lease = fail_chunk.lease AND c.status = 'syncing'

@@ -1,8 +1,10 @@
 //! The chunk that this backend has open: what `begin_chunk` found, for the calls that follow in the same transaction.
 //!
 //! The state lives as long as the (sub)transaction that began the chunk; a callback drops it at the end. Whoever calls `claim` or
-//! `finish_chunk` without a `begin_chunk` in the same transaction is refused: locks, claims and checks would be missing.
+//! `finish_chunk` without a `begin_chunk` in the same transaction is refused: locks, claims and checks would be missing. A savepoint that is
+//! taken back takes the state back with it to what it was when the savepoint was first worked under, errors included.
 use std::cell::RefCell;
+use std::rc::Rc;
 
 use pg_dedup_record::layout::Layout;
 use pgrx::pg_sys::panic::ErrorReport;
@@ -37,15 +39,16 @@ pub struct OpenChunk {
     pub key_types: KeyTypes,
     /// The key range as a condition on the target's columns; `None` where the order of keys may differ between the sides.
     pub range: Option<KeyRange>,
-    /// Lowest ordinal that is this chunk's, once drawn.
+    /// The ordinal, once drawn.
     pub ordinal: Option<i64>,
     /// (old digest, key) of rows that the chunk's records are about to replace, sorted.
-    pub leaving: Vec<([u8; 32], Vec<u8>)>,
+    pub leaving: Rc<Vec<([u8; 32], Vec<u8>)>>,
     /// What an earlier finish of this chunk wrote and is still there.
     pub standing: Standing,
     /// `claim` was called: it is called once a chunk.
     pub claimed: bool,
-    subtransaction: pg_sys::SubTransactionId,
+    /// What a call in a subtransaction may have changed is undone with it: this is where the state was changed last.
+    changed_in: pg_sys::SubTransactionId,
 }
 
 /// A half-open key range in the target's own order.
@@ -100,6 +103,8 @@ pub fn filter_is_warm() -> Result<bool> {
 thread_local! {
     // A backend has one thread.
     static OPEN: RefCell<Option<OpenChunk>> = const { RefCell::new(None) };
+    /// What `OPEN` was before each live subtransaction first touched it, outermost first.
+    static BEFORE: RefCell<Vec<(pg_sys::SubTransactionId, Option<OpenChunk>)>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Calls `work` with the open chunk, which must be this one.
@@ -107,14 +112,18 @@ thread_local! {
 /// # Errors
 /// 55000 without a `begin_chunk` for it in this transaction; what `work` returns.
 pub fn with_open<T>(run: Uuid, chunk_id: &str, work: impl FnOnce(&mut OpenChunk) -> Result<T>) -> Result<T> {
-    // Taken out while `work` runs, which may raise an ERROR past us: the callback then has nothing to clear.
+    // Taken out while `work` runs: an error leaves it half changed, and only what BEFORE remembers may come back.
     let mut chunk = OPEN
-        .with_borrow_mut(Option::take)
-        .filter(|c| c.run == run && c.chunk_id == chunk_id)
+        .with_borrow_mut(|open| open.take_if(|c| c.run == run && c.chunk_id == chunk_id))
         .ok_or_else(|| {
             Error::state(format!("chunk {chunk_id} is not open in this transaction"))
                 .hint("call dedup.begin_chunk first")
         })?;
+    let here = subtransaction();
+    if here != chunk.changed_in {
+        BEFORE.with_borrow_mut(|before| before.push((here, Some(chunk.clone()))));
+        chunk.changed_in = here;
+    }
     let result = work(&mut chunk);
     if result.is_ok() {
         OPEN.set(Some(chunk));
@@ -122,24 +131,64 @@ pub fn with_open<T>(run: Uuid, chunk_id: &str, work: impl FnOnce(&mut OpenChunk)
     result
 }
 
-/// Makes `chunk` the open one until its (sub)transaction ends.
-fn open(chunk: OpenChunk) {
-    OPEN.set(Some(chunk));
-    // pgrx drops these registrations itself at the end of the transaction.
-    register_xact_callback(PgXactCallbackEvent::Commit, || OPEN.set(None));
-    register_xact_callback(PgXactCallbackEvent::Abort, || OPEN.set(None));
-    register_subxact_callback(PgSubXactCallbackEvent::AbortSub, |mine, _| {
-        if OPEN.with_borrow(|c| c.as_ref().is_some_and(|c| c.subtransaction == mine)) {
-            OPEN.set(None);
+fn subtransaction() -> pg_sys::SubTransactionId {
+    // SAFETY: in a transaction, as every SQL function is.
+    unsafe { pg_sys::GetCurrentSubTransactionId() }
+}
+
+/// The transaction has ended.
+fn forget() {
+    OPEN.set(None);
+    BEFORE.with_borrow_mut(Vec::clear);
+}
+
+/// A subtransaction was taken back, and with it what was done to the state under it.
+fn undo(level: pg_sys::SubTransactionId) {
+    BEFORE.with_borrow_mut(|before| {
+        while before.last().is_some_and(|(saved_for, _)| *saved_for == level) {
+            OPEN.set(before.pop().and_then(|(_, chunk)| chunk));
         }
     });
-    register_subxact_callback(PgSubXactCallbackEvent::CommitSub, |mine, parent| {
-        OPEN.with_borrow_mut(|c| {
-            if let Some(c) = c.as_mut().filter(|c| c.subtransaction == mine) {
-                c.subtransaction = parent;
+}
+
+/// A subtransaction became part of its parent: what was before it is kept for the parent, unless something older is.
+fn hand_over(level: pg_sys::SubTransactionId, parent: pg_sys::SubTransactionId) {
+    BEFORE.with_borrow_mut(|before| {
+        if before.last().is_some_and(|(saved_for, _)| *saved_for == level) {
+            let older = before.len() > 1 && before[before.len() - 2].0 == parent;
+            if older {
+                before.pop();
+            } else if let Some(last) = before.last_mut() {
+                last.0 = parent;
             }
-        });
+        }
     });
+    OPEN.with_borrow_mut(|open| {
+        if let Some(chunk) = open.as_mut().filter(|chunk| chunk.changed_in == level) {
+            chunk.changed_in = parent;
+        }
+    });
+}
+
+/// Makes `chunk` the open one until its (sub)transaction ends.
+fn open(chunk: OpenChunk) {
+    let here = chunk.changed_in;
+    let first = BEFORE.with_borrow_mut(|before| {
+        let first = before.is_empty();
+        if before.last().is_none_or(|(level, _)| *level != here) {
+            before.push((here, OPEN.take()));
+        }
+        first
+    });
+    OPEN.set(Some(chunk));
+    if !first {
+        return;
+    }
+    // pgrx drops these registrations itself at the end of the transaction.
+    register_xact_callback(PgXactCallbackEvent::Commit, forget);
+    register_xact_callback(PgXactCallbackEvent::Abort, forget);
+    register_subxact_callback(PgSubXactCallbackEvent::AbortSub, |mine, _| undo(mine));
+    register_subxact_callback(PgSubXactCallbackEvent::CommitSub, hand_over);
 }
 
 /// `dedup.begin_chunk`: locks the checkpoint and the hash index, and checks that the entries still describe the target.
@@ -199,8 +248,6 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
             lower: found["range_lower"].value()?,
             upper: found["range_upper"].value()?,
         });
-        // SAFETY: in a transaction.
-        let subtransaction = unsafe { pg_sys::GetCurrentSubTransactionId() };
         Ok(OpenChunk {
             run,
             chunk_id: chunk_id.to_owned(),
@@ -211,10 +258,10 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
             layout,
             range,
             ordinal: None,
-            leaving: Vec::new(),
+            leaving: Rc::default(),
             standing: Standing::default(),
             claimed: false,
-            subtransaction,
+            changed_in: subtransaction(),
         })
     })?;
     forget_earlier_finish(&chunk)?;

@@ -126,7 +126,7 @@ pub fn finish(
     Ok(ordinal)
 }
 
-/// The chunk's ordinal, drawn on first need after its claims were taken.
+/// The chunk's ordinal, drawn on first need: after every claim, pending ones included, so that it is commit order.
 ///
 /// # Errors
 /// The server's own without USAGE on the sequence.

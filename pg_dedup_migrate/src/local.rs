@@ -158,13 +158,14 @@ impl Writer<'_> {
         let verdicts = claim::claim(self.chunk, claim::digests_of(&digests)?)?;
         self.chunk.claimed = true;
         self.fold.claimed(&packed(&verdicts))?;
-        self.write_all()?;
+        // Upserts draw the ordinal, which comes after every claim: new rows only, before pending digests are resolved.
+        self.write(&[Way::Insert])?;
         let pending = self.fold.digests_to_resolve();
         if !pending.is_empty() {
             let verdicts = claim::resolve(self.chunk, claim::digests_of(&pending)?)?;
             self.fold.resolved(&packed(&verdicts))?;
-            self.write_all()?;
         }
+        self.write(&[Way::Insert, Way::Upsert])?;
         let superseded = self.fold.settle()?;
         if !superseded.is_empty() {
             let keys: Vec<&[u8]> =
@@ -174,13 +175,13 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// Writes in both ways until every content has a row, or no record that could be written. Rows that point at rows of the same chunk
+    /// Writes in these ways until every content has a row, or no record that could be written. Rows that point at rows of the same chunk
     /// are tried again as long as that helps.
-    fn write_all(&mut self) -> Result<()> {
+    fn write(&mut self, ways: &[Way]) -> Result<()> {
         let mut parked: Vec<(u32, Refusal)> = Vec::new();
         loop {
             let mut wrote = 0;
-            for way in [Way::Insert, Way::Upsert] {
+            for &way in ways {
                 loop {
                     let rows = self.fold.next_to_write(way);
                     if rows.is_empty() {
@@ -209,11 +210,14 @@ impl Writer<'_> {
         while let Some(positions) = plan.next() {
             pgrx::check_for_interrupts!();
             let some = &rows[positions];
+            let ordinal = self.chunk.ordinal;
             let chunk = std::panic::AssertUnwindSafe(&mut *self.chunk);
             let batch = std::panic::AssertUnwindSafe(self.batch);
             match copy::attempt(move || write(chunk, &batch, some, way))? {
                 Ok(()) => plan.accepted(),
                 Err(reason) => {
+                    // What the attempt drew went with it.
+                    self.chunk.ordinal = ordinal;
                     let Some(position) = plan.refused(None) else { continue };
                     let row = rows[position];
                     refused.insert(row);

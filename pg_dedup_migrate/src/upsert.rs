@@ -116,12 +116,13 @@ pub fn match_rows(chunk: &mut OpenChunk, keys: &[&[u8]], row_digests: &[[u8; 32]
             (_, false) => Match::Collision,
         };
     }
-    chunk.leaving = found
+    let mut leaving: Vec<_> = found
         .into_iter()
         .filter(|&(_, n)| matches[n as usize] == Match::Changed)
         .map(|(digest, n)| (digest, keys[n as usize].to_vec()))
         .collect();
-    chunk.leaving.sort_unstable();
+    leaving.sort_unstable();
+    chunk.leaving = leaving.into();
     Ok(matches)
 }
 

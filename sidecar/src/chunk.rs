@@ -3,13 +3,13 @@
 use std::time::Instant;
 
 use futures_util::future::try_join_all;
+use pg_dedup_record::fold::{Books, Fold, Refusal, Refused, Way};
 use serde_json::json;
 use uuid::Uuid;
 
 use crate::conn::Session;
 use crate::error::{At, Error, Kind, Result, Side};
 use crate::failpoint::{self, Failpoint};
-use pg_dedup_record::fold::{Books, Fold, Refusal, Refused, Way};
 use crate::protocol::{self, ChunkCalls, Lease};
 use crate::read::ReadChunk;
 use crate::tables::TableWork;

@@ -1,12 +1,12 @@
 //! The worker protocol's calls (docs/protocol.md), typed. Every statement is prepared once a session.
 
+use pg_dedup_record::fold::{Books, Refusal};
 use serde_json::Value;
 use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
 use crate::conn::{Session, protocol_error};
 use crate::error::{At, Error, Result, Side};
-use pg_dedup_record::fold::{Books, Refusal};
 use crate::source::{Range, RangeKind};
 
 /// A worker's hold on a chunk.

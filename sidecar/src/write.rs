@@ -5,13 +5,13 @@
 
 use bytes::Bytes;
 use futures_util::SinkExt;
+use pg_dedup_record::fold::{Refusal, Way};
 use pg_dedup_record::{Batch, WritePlan, pgcopy};
 use tokio_postgres::Statement;
 
 use crate::conn::protocol_error;
 use crate::error::{At, Error, Result, Side, condition_name, refuses_record};
 use crate::failpoint::{self, Failpoint};
-use pg_dedup_record::fold::{Refusal, Way};
 use crate::protocol::ChunkCalls;
 use crate::tables::TableWork;
 
