@@ -232,7 +232,7 @@ impl Writer<'_> {
     }
 
     fn refuse(&mut self, row: u32, reason: copy::Refused, parked: &mut Vec<(u32, Refusal)>) -> Result<()> {
-        let refusal = if reason.sqlstate == "23505" && self.fold.key_is_repeated(row)? {
+        let refusal = if reason.sqlstate == "23505" && self.fold.key_is_repeated(row) {
             Refusal::key_collision()
         } else {
             Refusal {
@@ -308,7 +308,7 @@ fn set_aside(chunk: &OpenChunk, fold: &Fold<'_>, batch: &Batch) -> Result<()> {
             &[
                 chunk.run.into(),
                 chunk.chunk_id.as_str().into(),
-                fold.key(refused.row)?.into(),
+                fold.key(refused.row).to_vec().into(),
                 refused.refusal.sqlstate.as_str().into(),
                 refused.refusal.reason.as_str().into(),
                 refused.refusal.message.as_str().into(),

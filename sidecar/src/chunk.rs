@@ -156,7 +156,7 @@ impl Writer<'_> {
                     self.fold.park(row);
                     self.parked.push(Refused { row, refusal });
                 }
-                "23505" if self.fold.key_is_repeated(row)? => {
+                "23505" if self.fold.key_is_repeated(row) => {
                     self.fold.refuse(row, Refusal::key_collision());
                 }
                 _ => self.fold.refuse(row, refusal),
@@ -241,7 +241,7 @@ impl Judge for ChunkJudge<'_, '_> {
             return Ok(());
         }
         let Some((schema, constraint)) = &row.constraint else { return Ok(()) };
-        if !is_key(self.context, schema, constraint).await? || self.fold.key_is_repeated(row.row)? {
+        if !is_key(self.context, schema, constraint).await? || self.fold.key_is_repeated(row.row) {
             return Ok(());
         }
         Err(Error::new(
@@ -298,8 +298,8 @@ async fn quarantine_one(
     read: &ReadChunk,
     refused: &Refused,
 ) -> Result<()> {
-    let key = fold.key(refused.row)?;
-    calls.quarantine_record(&key, &refused.refusal, read.batch.row_bytes(refused.row as usize)).await
+    let key = fold.key(refused.row);
+    calls.quarantine_record(key, &refused.refusal, read.batch.row_bytes(refused.row as usize)).await
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::OnceLock;
 
+use crate::key_list::KeyList;
 use crate::wire::{self, LedgerEntry, ManifestEntry, WireError, encode_key};
 use crate::{Batch, BatchError, Checksum, Groups};
 
@@ -169,6 +170,8 @@ pub struct Fold<'a> {
     group_of: Vec<u32>,
     states: Vec<GroupState>,
     keys: Vec<Key>,
+    /// Packed key of each row; empty for a null key and in a keyless table.
+    key_bytes: KeyList,
     outcomes: Vec<Outcome>,
     /// Groups whose verdict was asked for last.
     asked: Vec<u32>,
@@ -196,6 +199,7 @@ impl<'a> Fold<'a> {
             states: vec![GroupState::Undecided; groups.len()],
             groups,
             keys: vec![Key::Absent; batch.len()],
+            key_bytes: KeyList::default(),
             outcomes: vec![Outcome::Open; batch.len()],
             asked: Vec::new(),
             writing: Vec::new(),
@@ -203,10 +207,10 @@ impl<'a> Fold<'a> {
             repeated: OnceLock::new(),
         };
         if !keyless {
-            let mut scratch = Vec::new();
+            // One pass in source order; later the keys are asked for in order of digest.
+            fold.key_bytes = KeyList::with_capacity(batch.len());
             for row in 0..batch.len() {
-                scratch.clear();
-                match batch.key_into(row, &mut scratch) {
+                match fold.key_bytes.push_with(|out| batch.key_into(row, out)) {
                     Ok(()) => {}
                     Err(BatchError::NullKey { .. }) => fold.refuse(row as u32, Refusal::null_key()),
                     Err(error) => return Err(error.into()),
@@ -219,14 +223,11 @@ impl<'a> Fold<'a> {
     /// What `match_keys` is asked when the range may be occupied.
     pub fn keys_to_match(&self) -> Result<KeysToMatch> {
         let mut ask = KeysToMatch { rows: Vec::new(), keys: Vec::new(), row_digests: Vec::new() };
-        let mut key = Vec::new();
         for row in 0..self.batch.len() {
             if self.outcomes[row] != Outcome::Open {
                 continue;
             }
-            key.clear();
-            self.batch.key_into(row, &mut key)?;
-            encode_key(&key, &mut ask.keys)?;
+            encode_key(self.key(row as u32), &mut ask.keys)?;
             ask.row_digests.extend_from_slice(&self.batch.digests(row).row.0);
             ask.rows.push(row as u32);
         }
@@ -407,41 +408,30 @@ impl<'a> Fold<'a> {
     }
 
     /// Whether another record of the batch has the same key.
-    pub fn key_is_repeated(&self, row: u32) -> Result<bool> {
-        if self.keyless {
-            return Ok(false);
-        }
-        if self.repeated.get().is_none() {
-            let found = self.find_repeated()?;
-            return Ok(self.repeated.get_or_init(|| found).contains(&row));
-        }
-        Ok(self.repeated.get().is_some_and(|repeated| repeated.contains(&row)))
+    pub fn key_is_repeated(&self, row: u32) -> bool {
+        !self.keyless && self.repeated.get_or_init(|| self.find_repeated()).contains(&row)
     }
 
-    fn find_repeated(&self) -> Result<HashSet<u32>> {
-        let mut first_of: HashMap<Vec<u8>, u32> = HashMap::with_capacity(self.batch.len());
+    fn find_repeated(&self) -> HashSet<u32> {
+        let mut first_of: HashMap<&[u8], u32> = HashMap::with_capacity(self.batch.len());
         let mut repeated = HashSet::new();
         for row in 0..self.batch.len() as u32 {
-            let key = self.key(row)?;
+            let key = self.key(row);
             if key.is_empty() {
                 continue;
             }
-            if let Some(first) = first_of.get(&key) {
+            if let Some(first) = first_of.get(key) {
                 repeated.extend([*first, row]);
             } else {
                 first_of.insert(key, row);
             }
         }
-        Ok(repeated)
+        repeated
     }
 
     /// Key bytes of a record; empty where there is none.
-    pub fn key(&self, row: u32) -> Result<Vec<u8>> {
-        match self.batch.key(row as usize) {
-            Ok(key) => Ok(key),
-            Err(BatchError::NullKey { .. }) => Ok(Vec::new()),
-            Err(error) => Err(error.into()),
-        }
+    pub fn key(&self, row: u32) -> &[u8] {
+        if self.keyless { &[] } else { self.key_bytes.get(row as usize) }
     }
 
     /// Decides what is left when everything has been written that can be. Returns the packed keys of the rows that stand
@@ -455,7 +445,7 @@ impl<'a> Fold<'a> {
             if self.states[self.group_of[row] as usize] == GroupState::Standing {
                 self.outcomes[row] = Outcome::Duplicate;
                 if self.keys[row] == Key::Changed {
-                    encode_key(&self.key(row as u32)?, &mut superseded)?;
+                    encode_key(self.key(row as u32), &mut superseded)?;
                 }
             } else if self.keys[row] == Key::Repeated {
                 self.refuse(row as u32, Refusal::key_collision());
@@ -493,7 +483,7 @@ impl<'a> Fold<'a> {
 
     /// Manifest and ledger, in the order the protocol wants.
     fn list(&self, books: &mut Books) -> Result<()> {
-        let mut losers: Vec<Vec<u8>> = Vec::new();
+        let mut losers: Vec<u32> = Vec::new();
         for g in 0..self.groups.len() {
             let digest = *self.groups.digest(g);
             losers.clear();
@@ -501,16 +491,16 @@ impl<'a> Fold<'a> {
                 match self.outcomes[row as usize] {
                     Outcome::Inserted | Outcome::Updated => {
                         let row_digest = self.batch.digests(row as usize).row;
-                        ManifestEntry { digest, row_digest, key: &self.key(row)? }
+                        ManifestEntry { digest, row_digest, key: self.key(row) }
                             .encode(&mut books.manifest)?;
                     }
-                    Outcome::Duplicate => losers.push(self.key(row)?),
+                    Outcome::Duplicate => losers.push(row),
                     _ => {}
                 }
             }
-            losers.sort_unstable();
-            for key in &losers {
-                LedgerEntry { digest, key }.encode(&mut books.ledger)?;
+            losers.sort_unstable_by_key(|&row| self.key(row));
+            for &row in &losers {
+                LedgerEntry { digest, key: self.key(row) }.encode(&mut books.ledger)?;
             }
         }
         Ok(())

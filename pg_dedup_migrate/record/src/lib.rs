@@ -49,6 +49,7 @@ pub mod wire;
 pub mod write_plan;
 
 mod groups;
+mod key_list;
 #[cfg(test)]
 mod samples;
 
