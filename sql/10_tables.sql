@@ -241,8 +241,9 @@ COMMENT ON COLUMN dedup.segment_block.entries IS 'the packed entries, with a che
 
 -- ---------------------------------------------------------------------------------------------------------
 CREATE TABLE dedup.ledger_block (
-    target_id        int NOT NULL REFERENCES dedup.targets,
+    -- The wide column first: with padding before it, a full block would not fit a page.
     ordinal          bigint NOT NULL,
+    target_id        int NOT NULL REFERENCES dedup.targets,
     block_no         int NOT NULL,
     first_digest     bytea NOT NULL,
     entries          bytea NOT NULL,

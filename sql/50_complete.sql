@@ -15,8 +15,15 @@ DECLARE
     open_chunks bigint;
     failed_chunks bigint;
     reopened bigint;
+    waiting int;
 BEGIN
     PERFORM 1 FROM dedup.runs AS r WHERE r.run_id = run FOR UPDATE;
+    -- What has no key is read back now that everything is written.
+    IF old IN ('created', 'running', 'failed') AND dedup.run_state(run) = 'finished' THEN
+        FOR waiting IN SELECT DISTINCT c.table_id FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.status = 'syncing' ORDER BY 1 LOOP
+            PERFORM dedup.verify_keyless(run, waiting);
+        END LOOP;
+    END IF;
     SELECT count(*) FILTER (WHERE c.status IN ('pending', 'syncing')), count(*) FILTER (WHERE c.status = 'failed')
     INTO open_chunks, failed_chunks FROM dedup.checkpoints AS c WHERE c.run_id = run;
     IF old NOT IN ('created', 'running', 'failed') OR open_chunks > 0 THEN
@@ -34,6 +41,29 @@ BEGIN
     RETURN dedup.set_run_status(run, '{created,running,failed}', CASE WHEN failed_chunks > 0 THEN 'failed' ELSE 'done' END, 'run_finished');
 END $$;
 COMMENT ON FUNCTION dedup.complete_run(uuid) IS 'ends a run whose chunks are all verified (done) or given up (failed); running: chunks were reopened by the orphan pass';
+
+-- Positions in a table without a key mean nothing under another snapshot: every chunk is done again, and what earlier attempts wrote is found
+-- to be there. A worker that still has one of the chunks is fenced by its lease.
+CREATE FUNCTION dedup.restart_table(run uuid, table_id int) RETURNS int
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    n int;
+BEGIN
+    IF (dedup.run_row(run)).status NOT IN ('created', 'running', 'paused', 'failed') THEN
+        RAISE EXCEPTION 'run % is %', run, (dedup.run_row(run)).status USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+    UPDATE dedup.checkpoints AS c
+    SET status = 'pending', attempts = 0, not_before = NULL, lease = NULL, written_at = NULL, verified_at = NULL, ordinal = NULL,
+        source_count = NULL, inserted_count = NULL, updated_count = NULL, unchanged_count = NULL, duplicate_count = NULL, quarantined_count = NULL,
+        checksum = NULL, inserted_checksum = NULL, updated_checksum = NULL, unchanged_checksum = NULL, duplicate_checksum = NULL,
+        quarantined_checksum = NULL, source_bytes = NULL, source_lsn = NULL, timings = NULL
+    FROM dedup.run_tables AS t
+    WHERE c.run_id = run AND c.table_id = restart_table.table_id AND t.run_id = run AND t.table_id = restart_table.table_id AND t.keyless;
+    GET DIAGNOSTICS n = ROW_COUNT;
+    PERFORM dedup.log_event(run, NULL, 'table_restarted', jsonb_build_object('table_id', table_id, 'chunks', n));
+    RETURN n;
+END $$;
+COMMENT ON FUNCTION dedup.restart_table(uuid, int) IS 'sets every chunk of a table without a key back to pending; returns how many';
 
 -- One refused record; called inside the chunk's transaction.
 CREATE FUNCTION dedup.quarantine_record(run uuid, chunk_id text, source_key bytea, sqlstate text, reason text, message text, record bytea)

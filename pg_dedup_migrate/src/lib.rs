@@ -20,6 +20,7 @@ mod finish;
 mod guc;
 mod hash;
 mod index;
+mod keyless;
 mod keyset;
 mod local;
 mod lookup;
@@ -64,7 +65,7 @@ extension_sql_file!(
     name = "maintenance",
     requires = ["tables", compaction::compact_step]
 );
-extension_sql_file!("../../sql/90_privileges.sql", name = "privileges", finalize);
+extension_sql_file!("../../sql/90_finish.sql", name = "finish", finalize);
 
 #[pg_guard]
 pub extern "C-unwind" fn _PG_init() {
