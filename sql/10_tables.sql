@@ -194,6 +194,7 @@ CREATE TABLE dedup.ordinals (
     chunk_id         text,
     pass             int
 );
+CREATE INDEX ordinals_chunk ON dedup.ordinals (run_id, chunk_id);
 COMMENT ON TABLE  dedup.ordinals IS 'which run, chunk and pass an ordinal was drawn for; ordinals are commit order for any one digest and key';
 COMMENT ON COLUMN dedup.ordinals.ordinal IS 'the number';
 COMMENT ON COLUMN dedup.ordinals.target_id IS 'the target whose entries carry it';

@@ -16,6 +16,7 @@ use pgrx::{
 
 use crate::error::{Error, Result};
 use crate::keyset::{self, KeyTypes};
+use crate::planning::ByIndex;
 use crate::relation;
 use crate::shmem::{self, Scope, warmth};
 use crate::upsert::Standing;
@@ -316,6 +317,7 @@ fn is_occupied(chunk: &OpenChunk) -> Result<bool> {
         return Ok(false);
     }
     let (condition, arguments) = chunk.key_types.range_condition(&chunk.layout, chunk.range.as_ref());
+    let _plan = ByIndex::new();
     let query = format!("SELECT EXISTS (SELECT FROM {} AS t WHERE {condition})", chunk.target_name());
     let arguments: Vec<_> = arguments.iter().map(|a| a.as_str().into()).collect();
     required(Spi::get_one_with_args::<bool>(&query, &arguments)?)

@@ -15,6 +15,7 @@ use crate::chunk::{self, OpenChunk, required};
 use crate::error::{Error, Result};
 use crate::hash::rows;
 use crate::keyset::column_list;
+use crate::planning::ByIndex;
 use crate::relation::{Access, Table};
 use crate::segment::{SegmentWriter, next_number};
 use crate::shmem::claims;
@@ -273,6 +274,7 @@ fn read_back(
     if manifest.is_empty() {
         return Ok(());
     }
+    let _plan = ByIndex::new();
     // By range where keys order alike: one pass over neighbouring rows, and the sum of digests says it all. Otherwise, and where the sum
     // differs (another chunk of this transaction wrote into the range), row by row by the keys written.
     if chunk.range.is_some() {

@@ -25,6 +25,7 @@ mod keyset;
 mod local;
 mod lookup;
 mod orphans;
+mod planning;
 mod protocol;
 mod relation;
 mod segment;

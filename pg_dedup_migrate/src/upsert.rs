@@ -19,6 +19,7 @@ use crate::finish::draw_ordinal;
 use crate::hash::rows;
 use crate::keyset::{column_list, quote_ident};
 use crate::lookup;
+use crate::planning::ByIndex;
 use crate::relation::Snapshot;
 
 /// What stands in the target under a record's key. The numbers are what `dedup.match_keys` answers, one byte a key.
@@ -81,6 +82,7 @@ fn unpack_keys(bytes: &[u8]) -> Result<Vec<&[u8]>> {
 /// # Errors
 /// As there.
 pub fn match_rows(chunk: &mut OpenChunk, keys: &[&[u8]], row_digests: &[[u8; 32]]) -> Result<Vec<Match>> {
+    let _plan = ByIndex::new();
     let mut matches = vec![Match::Absent; keys.len()];
     let query = format!(
         "SELECT {}, k.n FROM {} JOIN {} AS t ON {} ORDER BY k.n FOR NO KEY UPDATE OF t",
@@ -225,6 +227,7 @@ fn apply_upserts(run: Uuid, chunk_id: &str) -> Result<i64, ErrorReport> {
 /// # Errors
 /// As there.
 pub fn apply(chunk: &mut OpenChunk) -> Result<i64> {
+    let _plan = ByIndex::new();
     let staging = staging_name(chunk);
     let target = chunk.target_name();
     let same_key = chunk.key_types.same_key_condition("t", "s");
@@ -267,6 +270,7 @@ fn delete_superseded(run: Uuid, chunk_id: &str, keys: &[u8]) -> Result<i64, Erro
 /// # Errors
 /// As there.
 pub fn delete(chunk: &mut OpenChunk, keys: &[&[u8]]) -> Result<i64> {
+    let _plan = ByIndex::new();
     let arrays = chunk.key_types.arrays(keys)?;
     let target = chunk.target_name();
     let (unnest, condition) = (chunk.key_types.unnest(), chunk.key_types.join_condition());

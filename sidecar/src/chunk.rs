@@ -203,7 +203,7 @@ fn over_budget(refused: usize, budget: u64) -> Result<()> {
     Err(Error::new(
         Side::Target,
         Kind::OverBudget,
-        format!("more than {budget} records of the chunk were refused"),
+        format!("more than {budget} records of the chunk were refused, which is over the error budget"),
     )
     .hint("mend the cause and resume the run, or allow more with --error-budget"))
 }

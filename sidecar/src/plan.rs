@@ -110,7 +110,11 @@ async fn check_ascending(session: &Session, spec: &SourceSpec, chunks: &[Planned
         join(&|i| format!("k{i}")),
         join(&|i| format!("k{i}")),
         join(&|i| format!("pg_catalog.lag(k{i}) OVER (ORDER BY n) AS p{i}")),
-        join(&|i| format!("t{i}::{} AS k{i}", spec.key_types[i])),
+        // The subquery is never run: the key's own collation comes with it.
+        join(&|i| format!(
+            "coalesce(t{i}::{}, (SELECT {} FROM {} LIMIT 0)) AS k{i}",
+            spec.key_types[i], spec.key[i], spec.relation
+        )),
         join(&|i| format!("pg_catalog.unnest(${}::text[])", i + 1)),
         join(&|i| format!("t{i}")),
     );

@@ -101,6 +101,13 @@ pub async fn run_state(session: &Session, run: Uuid) -> Result<String> {
     call(session, "run_state", "SELECT dedup.run_state($1::uuid)", &[&run]).await
 }
 
+/// Merges a full level of the table's hash index, if there is one: look-ups of later chunks then touch fewer segments.
+pub async fn compact_step(session: &Session, run: Uuid, table_id: i32) -> Result<bool> {
+    let sql = "SELECT coalesce(bool_or(dedup.compact_step(t.target_id)), false) FROM dedup.run_tables AS t \
+               WHERE t.run_id = $1::uuid AND t.table_id = $2::int4";
+    call(session, "compact_step", sql, &[&run, &table_id]).await
+}
+
 /// Stops leasing for everybody.
 pub async fn pause_run(session: &Session, run: Uuid) -> Result<String> {
     call(session, "pause_run", "SELECT dedup.pause_run($1::uuid)", &[&run]).await

@@ -63,8 +63,14 @@ pub async fn run(job: &Job, resume: Option<&str>, stop: Stop) -> Result<u8> {
     let run = runs::find(&ends.admin, &run_id.to_string()).await?;
     tracing::info!("run {run_id} ({}) from {} to {}", run.name, ends.source.place(), ends.target.place());
     if run.status != "done" {
-        index(job, &ends.admin, run_id).await?;
-        work_to_the_end(job, &mut ends, &run, &stop).await?;
+        let resumable = |error: Error| match error.hint {
+            Some(_) => error,
+            None => {
+                error.hint(format!("pg-dedup-migrate run --resume {run_id} goes on when the cause is mended"))
+            }
+        };
+        index(job, &ends.admin, run_id).await.map_err(resumable)?;
+        work_to_the_end(job, &mut ends, &run, &stop).await.map_err(resumable)?;
     }
     let summary = Summary::load(&ends.admin, run_id).await?;
     summary.print(job.json)?;

@@ -213,7 +213,7 @@ pub async fn add_table(source: &Session, target: &Session, run: Uuid, pair: &Pai
         .map_err(|e| protocol_error(Side::Target, format!("unreadable layout: {e}")))?;
     layout.validate().map_err(|e| protocol_error(Side::Target, format!("unusable layout: {e}")))?;
     spec = spec.complete(&pair.source, &pair.target, &layout)?;
-    check_query(source, &pair.source.name, &spec).await?;
+    check_query(source, &pair.source.name, &spec, &layout).await?;
     Ok(Added { table_id, source: pair.source.clone(), spec, layout, content_rule: rule })
 }
 
@@ -236,14 +236,22 @@ async fn key_in_source(target: &Session, pair: &Pair) -> Result<(bool, bool)> {
 }
 
 /// Lets the source check the query before anything is planned: unknown types, columns, casts, privileges.
-async fn check_query(source: &Session, table: &TableName, spec: &SourceSpec) -> Result<()> {
+async fn check_query(source: &Session, table: &TableName, spec: &SourceSpec, layout: &Layout) -> Result<()> {
     let open = source::Range { kind: source::RangeKind::Key, lower: None, upper: None };
-    source
-        .client
-        .prepare(&format!("{} LIMIT 0", spec.query(&open)))
-        .await
-        .at(Side::Source, &format!("{table} can't be read as the target wants it"))?;
-    Ok(())
+    let whole = source.client.prepare(&format!("{} LIMIT 0", spec.query(&open))).await;
+    let Err(error) = whole else { return Ok(()) };
+    // Which column is it?
+    for (column, expression) in layout.columns.iter().zip(&spec.select) {
+        let alone = format!("SELECT {expression} FROM {} LIMIT 0", spec.relation);
+        if let Err(error) = source.client.prepare(&alone).await {
+            let doing = format!(
+                "column {} of {table} can't be read as the target wants it",
+                quote_ident(&column.name)
+            );
+            return Err(Error::driver(Side::Source, &doing, error));
+        }
+    }
+    Err(Error::driver(Side::Source, &format!("{table} can't be read as the target wants it"), error))
 }
 
 /// One snapshot for all tables without a key: positions mean something only under it.

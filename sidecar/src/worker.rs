@@ -231,6 +231,18 @@ impl Worker {
         self.spent = Some(read.batch);
         let books = books?;
         tracing::debug!("chunk {}: {:?}", lease.chunk_id, books.counts);
+        let quarantined = books.counts[5];
+        if quarantined > 0 {
+            tracing::warn!(
+                "chunk {} of {}: {quarantined} records are in quarantine",
+                lease.chunk_id,
+                table.source
+            );
+        }
+        // The chunk is verified whatever becomes of this; another worker will find the level still full.
+        if let Err(error) = protocol::compact_step(target, crew.run, lease.table_id).await {
+            tracing::warn!("compaction after chunk {}: {error}", lease.chunk_id);
+        }
         Ok(())
     }
 
