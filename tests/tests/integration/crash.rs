@@ -192,10 +192,12 @@ async fn server_killed_in_the_middle_of_copy() {
 /// `finish_chunk` cannot write its segment, the crash comes while it waits.
 #[tokio::test(flavor = "multi_thread")]
 async fn server_killed_in_finish() {
-    let pair = narrow_pair(12_000).await;
+    let pair = narrow_pair(60_000).await;
     let holder = pair.target_again().await;
-    holder.exec("BEGIN; LOCK TABLE dedup.segment IN SHARE MODE").await;
     let sidecar = run(&pair).spawn();
+    wait_until(&pair.target, "EXISTS (SELECT FROM dedup.runs)").await;
+    wait_until(&pair.target, &verified_chunks(1)).await;
+    holder.exec("BEGIN; LOCK TABLE dedup.segment IN SHARE MODE").await;
     wait_until(
         &pair.target,
         "EXISTS (SELECT FROM pg_locks WHERE relation = 'dedup.segment'::regclass AND NOT granted)",

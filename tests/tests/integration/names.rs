@@ -83,7 +83,7 @@ async fn a_whole_schema() {
         }
     }
     pair.both("CREATE VIEW \"Shop\".report AS SELECT count(*) FROM \"Shop\".orders").await;
-    pair.sidecar("run").args(&["--schema", "Shop"]).workers(2).exits(exit::DONE).await;
+    pair.sidecar("run").args(&["--schema", "\"Shop\""]).workers(2).exits(exit::DONE).await;
     for (table, rows) in [("orders", 50), ("\"Lines\"", 50), ("empty", 0)] {
         let found: i64 = pair.target.one(&format!("SELECT count(*) FROM \"Shop\".{table}")).await;
         assert_eq!(found, rows, "{table}");

@@ -146,10 +146,10 @@ async fn claims_of_an_aborted_savepoint_are_dropped() {
     let bench = Bench::new(2).await;
     let (first, second) = (bench.worker().await, bench.worker().await);
     let (kept, dropped) = (content_digest("kept"), content_digest("dropped"));
-    assert_eq!(first.claim(&[kept]).await.expect("claim"), [NEW]);
     first.db.exec("SAVEPOINT s").await;
     assert_eq!(first.claim(&[dropped]).await.expect("claim"), [NEW]);
     first.db.exec("ROLLBACK TO s").await;
+    assert_eq!(first.claim(&[kept]).await.expect("claim"), [NEW]);
     assert_eq!(second.claim(&[dropped, kept]).await.expect("claim"), [NEW, PENDING]);
 }
 

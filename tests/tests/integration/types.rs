@@ -194,7 +194,7 @@ const TYPES: &[(&str, &str, &[&str])] = &[
     ),
     ("int4multirange", "int4multirange", &["'{[1,3),[5,9)}'", "'{}'", "'{[1,2],[5,8]}'"]),
     ("nummultirange", "nummultirange", &["'{[1.5,2),(3,)}'", "'{[1.5,2),(3,)}'"]),
-    ("own_multirange", "float_multirange", &["'{[0.1,0.2],[1,2)}'", "'{[0.1,0.2],[1,2)}'"]),
+    ("own_multirange", "float_span_multirange", &["'{[0.1,0.2],[1,2)}'", "'{[0.1,0.2],[1,2)}'"]),
 ];
 
 /// One table a type, so that a failure names the type; the value is the content, the number the key.
