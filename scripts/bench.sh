@@ -27,7 +27,7 @@ SIDECAR=$(realpath "${SIDECAR:-${CARGO_TARGET_DIR:-target}/release/pg-dedup-migr
 BENCH_DIR=$PWD/.bench
 
 SETTINGS=(
-    "fsync = on" "full_page_writes = on" "shared_buffers = 1GB" "max_wal_size = 8GB" "min_wal_size = 4GB" "checkpoint_timeout = 30min"
+    "fsync = on" "full_page_writes = on" "shared_buffers = 2GB" "max_wal_size = 8GB" "min_wal_size = 4GB" "checkpoint_timeout = 30min"
     "work_mem = 64MB" "maintenance_work_mem = 512MB"
 )
 
@@ -71,6 +71,7 @@ load_source() {
 # An empty database `bench`, nothing left to write from before.
 fresh_target() {
     local name
+    # A notice says that there was none.
     cluster_psql target -d postgres -c 'DROP DATABASE IF EXISTS bench WITH (FORCE)' -c 'CREATE DATABASE bench' 2>/dev/null
     side_prepare "$@"
     for name in source target; do cluster_psql "$name" -d postgres -c CHECKPOINT; done
@@ -81,43 +82,31 @@ fresh_target() {
 cluster_cpu() {
     local pid
     pid=$(as_cluster_owner head -n 1 "$CLUSTER_HOME/$1/data/postmaster.pid")
-    # Fields after the name in parentheses: utime and stime are the 12th and 13th, those of ended children follow.
-    cat "/proc/$pid/stat" "/proc/$pid/task/$pid/children" | {
-        read -r stat
-        read -r children || true
-        for pid in $children; do cat "/proc/$pid/stat" 2>/dev/null || true; done | sed 's/.*) //' |
-            awk -v own="${stat##*) }" -v hz="$(getconf CLK_TCK)" \
-                '{t += $12 + $13} END {split(own, o, " "); print (t + o[12] + o[13] + o[14] + o[15]) / hz}'
-    }
+    # Fields after the name in parentheses: state, parent, …; utime and stime are the 12th and 13th, those of ended
+    # children follow.
+    { cat /proc/[0-9]*/stat 2>/dev/null || true; } | sed -n 's/^\([0-9]*\) (.*) /\1 /p' |
+        awk -v postmaster="$pid" -v hz="$(getconf CLK_TCK)" \
+            '$1 == postmaster {t += $13 + $14 + $15 + $16} $3 == postmaster {t += $13 + $14} END {print t / hz}'
 }
 
-# measure NAME COMMAND…: wall-clock and CPU seconds, peak memory of the largest process.
+# measure NAME COMMAND…: wall-clock seconds, and CPU seconds of the client and either cluster.
 measure() {
-    local name=$1 before after source target
+    local name=$1 source target
+    local TIMEFORMAT='%R %U %S'
     shift
     source=$(cluster_cpu source)
     target=$(cluster_cpu target)
-    before=$EPOCHREALTIME
-    # A subshell of its own, because GNU time runs programs, not functions.
-    if ! TIME_FORMAT='%U %S %M' timed "$@" >"$BENCH_DIR/log" 2>&1; then
+    if ! { time "$@" >"$BENCH_DIR/log" 2>&1; } 2>"$BENCH_DIR/time"; then
         cat "$BENCH_DIR/log" >&2
         die "$name failed"
     fi
-    after=$EPOCHREALTIME
     # A backend's time counts when it has ended, shortly after its client.
     sleep 1
-    record "$name.seconds" "$(awk -v a="$after" -v b="$before" 'BEGIN {print a - b}')"
+    record "$name.seconds" "$(awk '{print $1}' "$BENCH_DIR/time")"
+    record "$name.cpu_client" "$(awk '{print $2 + $3}' "$BENCH_DIR/time")"
     record "$name.cpu_source" "$(awk -v a="$(cluster_cpu source)" -v b="$source" 'BEGIN {print a - b}')"
     record "$name.cpu_target" "$(awk -v a="$(cluster_cpu target)" -v b="$target" 'BEGIN {print a - b}')"
-    record "$name.cpu_client" "$(awk '{print $1 + $2}' "$BENCH_DIR/time")"
-    record "$name.peak" "$(awk '{print $3 / 1000}' "$BENCH_DIR/time")"
     say "$name: $(results "$name.seconds" | tail -n 1) s"
-}
-
-# Runs one of the functions below GNU time, in a shell that has them.
-timed() {
-    export -f "$@" 2>/dev/null || true
-    /usr/bin/env time -f '%U %S %M' -o "$BENCH_DIR/time" scripts/bench/side.sh "$@"
 }
 
 # The target holds what it should, or the benchmark ends here.
@@ -154,6 +143,7 @@ after_dedup() {
     local shape=$1 phases
     phases=$(cluster_psql target -d bench -At -F ' ' -f - <scripts/bench/phases.sql)
     say "$shape: seconds of all chunks: read fold claim write finish total: $phases"
+    record "$shape.dedup.peak" "$(awk '{print $1 / 1000}' "$BENCH_DIR/peak")"
     record "$shape.phases" "$phases"
     record "$shape.bytes" "$(cluster_psql target -d bench -At -c 'SELECT sum(source_bytes) / sum(source_count) FROM dedup.checkpoints')"
     [ "$shape" != narrow ] || record index.bytes "$(cluster_psql target -d bench -At -f - <scripts/bench/index_size.sql)"
@@ -198,9 +188,9 @@ clean_up() {
 main() {
     [ -x "$SIDECAR" ] || die "the sidecar is missing, run: make bench"
     need_program pgcopydb pgcopydb
-    [ -x "$(command -v /usr/bin/time)" ] || need_program /usr/bin/time time
+    need_program /usr/bin/time time
     cluster_home .bench
-    rm -f "$BENCH_DIR/results"
+    : >"$BENCH_DIR/results"
     trap clean_up EXIT
     create_clusters
     local part

@@ -7,7 +7,7 @@ SELECT id, hash & 1048575, timestamptz '2024-01-01 00:00:00+00' + content * inte
 FROM generate_series(1, :rows) AS id,
      -- The content's number: the record's own, or one that is no multiple of four.
      LATERAL (SELECT CASE WHEN id % 4 <> 0 THEN id
-                          ELSE ((hashint8extended(id, 7) & 4611686018427387903) % (:rows / 4)) * 4 + 1 + (hashint8extended(id, 8) & 1) END) AS of(content),
+                          ELSE ((hashint8extended(id, 7) & 4611686018427387903) % (:rows / 4)) * 4 + 1 + (hashint8extended(id, 8) & 1) END) AS picked(content),
      LATERAL (SELECT hashint8extended(content, 1)) AS h(hash);
 ALTER TABLE narrow ADD PRIMARY KEY (id);
 VACUUM (FREEZE, ANALYZE) narrow;

@@ -4,6 +4,9 @@
 
 results() { awk -F '\t' -v name="$1" '$1 == name {print $2}' "$BENCH_DIR/results"; }
 
+# The sidecar's chunk size in MB: what it says its default is.
+chunk_megabytes() { "$SIDECAR" run --help | tr '\n' ' ' | sed -n 's/.*--chunk-size [^[]*\[default: \([0-9]*\)MB\].*/\1/p'; }
+
 median() {
     results "$1" | sort -g | awk '{v[NR] = $1} END {if (NR) print NR % 2 ? v[(NR + 1) / 2] : (v[NR / 2] + v[NR / 2 + 1]) / 2}'
 }
@@ -36,8 +39,14 @@ report_sides() {
     echo
 }
 
+report_phases() {
+    printf '| read and hash | fold | claim | write, with waits for the other worker | finish: index, read-back, commit | all |\n|--:|--:|--:|--:|--:|--:|\n'
+    results "$1.phases" | tail -n 1 | awk '{printf "|"; for (i = 1; i <= NF; i++) printf " %s |", $i; print ""}'
+}
+
 report_targets() {
-    local dedup wide limit=$((100 * 2 * 3 + 100))
+    local dedup wide limit
+    limit=$(($(chunk_megabytes) * 2 * 3 + 100))
     dedup=$(median narrow.dedup.seconds)
     wide=$(median wide.dedup.seconds)
     printf '| what | target | measured | |\n|---|---|--:|---|\n'
@@ -66,25 +75,28 @@ report() {
     cat <<PAGE
 # Benchmarks
 
-Written by \`make bench\`: all sides in one run on one machine, medians of $ROUNDS rounds, the sides taking turns. Every result was
+Written by \`make bench\`: all sides in one run on one machine, $ROUNDS rounds, medians, the sides taking turns. Every result was
 compared with the source, its distinct contents against the target's by EXCEPT both ways, and the number of rows; all were equal.
 
 - Machine: $(awk -F ': *' '/model name/ {print $2; exit}' /proc/cpuinfo), $(nproc) cores, $(awk '/MemTotal/ {printf "%.0f GB", $2 / 1e6}' /proc/meminfo) of memory; clients and both servers share it.
 - Servers: $("$CLUSTER_BIN/postgres" --version), two private clusters, the same settings for all sides, logged tables:
   $(report_settings).
 - Against: $(pgcopydb --version 2>/dev/null | head -n 1), tables larger than 100 MB split; psql $("$CLUSTER_BIN/psql" --version | awk '{print $3}').
+- pg-dedup-migrate: chunks of $(chunk_megabytes) MB (its default), 2 workers, rows read back and verified.
 - Before each measurement: target database dropped and created, CHECKPOINT on both servers, sync. The source is in memory.
 
 ## Targets
 
 $(report_targets)
 
-## Narrow: $(results narrow.rows) records of $(results narrow.bytes) bytes, a quarter of them duplicates, bigint key, five content columns
+## Narrow: $(results narrow.rows) records of $(number %.0f "$(median narrow.bytes)") bytes, a quarter of them duplicates, bigint key, five content columns
 
 $(report_sides narrow)
 
 The first side and the last write each content once, the others every row; only the first reads back what it wrote.
-Its chunks spent, in seconds added up over both workers (median round): reading and hashing $(results narrow.phases).
+Where the time of its chunks went, seconds of both workers added up, in the last round:
+
+$(report_phases narrow)
 
 ## Wide: $(results wide.rows) documents of 33 KB, half of them incompressible
 

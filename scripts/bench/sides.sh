@@ -49,10 +49,10 @@ side_prepare() {
 side_run() { "side_$1" "$2"; }
 
 side_dedup() {
-    # Further arguments are flags.
+    # Further arguments are flags. The peak of its memory, in kB, is left in a file.
     local shape=$1
     shift
-    "$SIDECAR" run --source "$(cluster_url source "$shape")" --target "$(cluster_url target bench)" \
+    /usr/bin/time -f %M -o "$BENCH_DIR/peak" "$SIDECAR" run --source "$(cluster_url source "$shape")" --target "$(cluster_url target bench)" \
         --table "public.$shape" --content-columns "public.$shape:$(content_columns "$shape")" --workers 2 "$@"
 }
 
