@@ -77,6 +77,24 @@ impl KeyTypes {
         layout.key.iter().map(|&i| KeyType::of(target, &layout.columns[i])).collect::<Result<_>>().map(Self)
     }
 
+    /// May two equal values of the layout's column `index` differ in their bytes? For the commonest key types they cannot.
+    pub fn may_differ(&self, index: usize, layout: &Layout) -> bool {
+        let column = layout.key.iter().position(|&i| i == index);
+        column.and_then(|at| self.0.get(at)).is_some_and(|key_type| {
+            !matches!(
+                key_type.oid,
+                pg_sys::INT2OID
+                    | pg_sys::INT4OID
+                    | pg_sys::INT8OID
+                    | pg_sys::UUIDOID
+                    | pg_sys::DATEOID
+                    | pg_sys::TIMESTAMPOID
+                    | pg_sys::TIMESTAMPTZOID
+                    | pg_sys::BYTEAOID
+            )
+        })
+    }
+
     /// An array of each key column, from packed keys: what `unnest` takes.
     ///
     /// # Errors

@@ -93,18 +93,26 @@ pub fn match_rows(chunk: &mut OpenChunk, keys: &[&[u8]], row_digests: &[[u8; 32]
     );
     // (content digest, position) of each row found.
     let mut found: Vec<([u8; 32], u32)> = Vec::new();
+    // Keys as they are stored, where these are not the bytes sent: 1.0 and 1.00 are one key. Entries carry the stored ones.
+    let mut stored: HashMap<u32, Vec<u8>> = HashMap::new();
+    let mut key = Vec::new();
     rows::scan(&query, &chunk.key_types.arrays(keys)?, &chunk.layout, 1, |row| {
         let n = required(row.trailing::<i64>(0)?)? as usize - 1;
         let digests = row.digests()?;
         matches[n] =
             if digests.row.as_bytes() == &row_digests[n] { Match::Unchanged } else { Match::Changed };
         found.push((*digests.content.as_bytes(), n as u32));
+        key.clear();
+        if row.write_key(&mut key)? && key != keys[n] {
+            stored.insert(n as u32, key.clone());
+        }
         Ok(())
     })?;
     found.sort_unstable();
+    let key_of = |n: u32| stored.get(&n).map_or(keys[n as usize], Vec::as_slice);
 
     let updated_before = updated_before(chunk)?;
-    for (n, by_this_chunk) in written_by_this_pass(chunk, &found, keys)? {
+    for (n, by_this_chunk) in written_by_this_pass(chunk, &found, &key_of)? {
         let m = &mut matches[n as usize];
         *m = match (*m, by_this_chunk) {
             (Match::Unchanged, false) => Match::Redelivered,
@@ -121,7 +129,7 @@ pub fn match_rows(chunk: &mut OpenChunk, keys: &[&[u8]], row_digests: &[[u8; 32]
     let mut leaving: Vec<_> = found
         .into_iter()
         .filter(|&(_, n)| matches[n as usize] == Match::Changed)
-        .map(|(digest, n)| (digest, keys[n as usize].to_vec()))
+        .map(|(digest, n)| (digest, key_of(n).to_vec()))
         .collect();
     leaving.sort_unstable();
     chunk.leaving = leaving.into();
@@ -144,10 +152,10 @@ fn updated_before(chunk: &OpenChunk) -> Result<HashSet<Vec<u8>>> {
 }
 
 /// Positions of the rows found whose entry carries an ordinal of this run's current pass, and whether it is this very chunk's.
-fn written_by_this_pass(
+fn written_by_this_pass<'k>(
     chunk: &OpenChunk,
     found: &[([u8; 32], u32)],
-    keys: &[&[u8]],
+    key_of: &dyn Fn(u32) -> &'k [u8],
 ) -> Result<Vec<(u32, bool)>> {
     let ordinals: HashMap<u64, bool> = Spi::connect(|client| -> Result<_> {
         client
@@ -175,7 +183,7 @@ fn written_by_this_pass(
         let digest = &digests[i as usize];
         let start = found.partition_point(|(d, _)| d < digest);
         for &(_, n) in found[start..].iter().take_while(|(d, _)| d == digest) {
-            let place = lookup::standing(&places).find(|p| p.key == keys[n as usize]);
+            let place = lookup::standing(&places).find(|p| p.key == key_of(n));
             written.extend(
                 place.and_then(|p| ordinals.get(&p.ordinal)).map(|&by_this_chunk| (n, by_this_chunk)),
             );
@@ -238,7 +246,7 @@ pub fn apply(chunk: &mut OpenChunk) -> Result<i64> {
         "update",
     )?;
     let assignments: Vec<String> = (0..chunk.layout.columns.len())
-        .filter(|i| !chunk.layout.key.contains(i))
+        .filter(|i| !chunk.layout.key.contains(i) || chunk.key_types.may_differ(*i, &chunk.layout))
         .map(|i| quote_ident(&chunk.layout.columns[i].name))
         .map(|column| format!("{column} = s.{column}"))
         .collect();

@@ -176,13 +176,14 @@ pub async fn assert_index(target: &Db, table: &Table<'_>) {
         )
         .await;
     assert!(strays.is_empty(), "{strays:?}");
+    // A chunk that was done again has several ordinals; of a table without a key only the last one counts in its books.
     let unaccounted = target
         .column(
-            "SELECT format('chunk %s wrote %s rows and indexed %s', c.chunk_id, c.inserted_count + c.updated_count, s.entries) \
-             FROM dedup.checkpoints AS c \
-             JOIN (SELECT first_ordinal AS ordinal, sum(entries - tombstones) AS entries FROM dedup.segment \
-                   WHERE level = 0 AND first_ordinal = last_ordinal GROUP BY 1) AS s USING (ordinal) \
-             WHERE c.inserted_count + c.updated_count <> s.entries",
+            "SELECT format('chunk %s wrote %s rows and indexed %s', c.chunk_id, c.inserted_count + c.updated_count, sum(s.entries - s.tombstones)) \
+             FROM dedup.checkpoints AS c JOIN dedup.run_tables AS t USING (run_id, table_id) \
+             JOIN dedup.ordinals AS o ON o.run_id = c.run_id AND o.chunk_id = c.chunk_id AND (NOT t.keyless OR o.ordinal = c.ordinal) \
+             JOIN dedup.segment AS s ON s.level = 0 AND s.first_ordinal = o.ordinal AND s.last_ordinal = o.ordinal \
+             GROUP BY c.run_id, c.chunk_id HAVING c.inserted_count + c.updated_count <> sum(s.entries - s.tombstones)",
         )
         .await;
     assert!(unaccounted.is_empty(), "{unaccounted:?}");

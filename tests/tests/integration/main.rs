@@ -1,6 +1,7 @@
 //! Everything that needs a server: one binary, one private pair of clusters a test, a module a subject.
 
 mod bad_input;
+mod commands;
 mod crash;
 mod harness;
 mod keys;

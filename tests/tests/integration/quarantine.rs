@@ -173,3 +173,119 @@ async fn key_collisions_within_a_run() {
         .await;
     assert_eq!(overwritten, 0, "rows of the first table that the second wrote over");
 }
+
+/// Changed rows that the target refuses: the rows stay as they are, and the others are updated. Once the cause is
+/// mended, only what was left aside is written.
+#[tokio::test(flavor = "multi_thread")]
+async fn refused_updates_and_their_second_chance() {
+    let pair = poisoned_pair(2_000, "false").await;
+    pair.run(&["public.records"]).workers(1).exits(exit::DONE).await;
+    pair.source
+        .exec(
+            "UPDATE public.records SET label = label || ', revised' WHERE id <= 600; \
+             UPDATE public.records SET amount = -id WHERE id % 30 = 0 AND id <= 600",
+        )
+        .await;
+    pair.run(&["public.records"]).workers(1).exits(exit::LEFT_ASIDE).await;
+    let expected =
+        Books { source: 2_000, updated: 580, unchanged: 1_400, quarantined: 20, ..Books::default() };
+    assert_books(&pair.target, expected).await;
+    assert_index(&pair.target, &RECORDS).await;
+    let kept: i64 = pair
+        .target
+        .one("SELECT count(*) FROM public.records WHERE id <= 600 AND label NOT LIKE '%revised'")
+        .await;
+    assert_eq!(kept, 20, "rows that the refused updates left as they were");
+    let images: i64 = pair.target.one("SELECT count(*) FROM dedup.before_images").await;
+    assert_eq!(images, 580, "before images");
+
+    pair.target.exec("ALTER TABLE public.records DROP CONSTRAINT records_amount_check").await;
+    let before: Vec<String> = untouched(&pair).await;
+    requeue(&pair).await;
+    pair.resume().exits(exit::DONE).await;
+    let expected = Books { source: 2_000, updated: 600, unchanged: 1_400, ..Books::default() };
+    assert_books(&pair.target, expected).await;
+    assert_eq!(untouched(&pair).await, before, "rows that were written already were written again");
+    assert_exact_except(&pair.source, &pair.target, &RECORDS, "false").await;
+    assert_index(&pair.target, &RECORDS).await;
+}
+
+/// Where the rows stand that no second chance concerns.
+async fn untouched(pair: &Pair) -> Vec<String> {
+    pair.target
+        .column("SELECT ctid::text || xmin FROM public.records WHERE id % 30 <> 0 OR id > 600 ORDER BY id")
+        .await
+}
+
+async fn requeue(pair: &Pair) {
+    let chunks: i32 = pair
+        .target
+        .one(&format!("SELECT dedup.requeue({}, 'quarantined')", integration::check::LAST_RUN))
+        .await;
+    assert!(chunks >= 1, "no chunk was requeued");
+}
+
+/// The same for new rows: what was inserted the first time counts as inserted, and nothing is written twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn refused_inserts_and_their_second_chance() {
+    let pair = poisoned_pair(3_000, "id % 30 = 0").await;
+    pair.run(&["public.records"]).workers(2).chunk_size("100kB").exits(exit::LEFT_ASIDE).await;
+    pair.target.exec("ALTER TABLE public.records DROP CONSTRAINT records_amount_check").await;
+    requeue(&pair).await;
+    pair.resume().exits(exit::DONE).await;
+    integration::check::assert_first_run(&pair.source, &pair.target, &RECORDS).await;
+    assert_eq!(pair.target.one::<i64>("SELECT count(*) FROM dedup.quarantine").await, 0);
+}
+
+/// A source without a key constraint may hold a key twice: the first record wins, an equal one is a duplicate.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_key_twice_in_a_chunk() {
+    let pair = Pair::start().await;
+    pair.source.exec("CREATE TABLE public.notes (id int, body text)").await;
+    pair.target.exec("CREATE TABLE public.notes (id int PRIMARY KEY, body text)").await;
+    pair.source
+        .exec("INSERT INTO public.notes VALUES (1, 'a'), (1, 'a'), (1, 'b'), (2, 'c'), (3, 'b')")
+        .await;
+    for _ in 0..2 {
+        pair.run(&["public.notes"])
+            .args(&["--content-columns", "public.notes:body"])
+            .exits(exit::LEFT_ASIDE)
+            .await;
+        let rows = pair.target.column("SELECT id || ' ' || body FROM public.notes ORDER BY id").await;
+        assert_eq!(rows, ["1 a", "2 c", "3 b"]);
+        let aside = pair
+            .target
+            .column("SELECT concat_ws(' ', source_key, reason) FROM dedup.quarantine ORDER BY created_at")
+            .await;
+        assert_eq!(aside.last().map(String::as_str), Some("id=1 key_collision"));
+        let books = books(&pair.target).await;
+        assert_eq!((books.source, books.duplicate, books.quarantined), (5, 1, 1));
+        assert_eq!(books.inserted + books.unchanged, 3);
+    }
+}
+
+/// What a trigger rewrites is not what was sent: read back, not verified, not kept.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trigger_that_rewrites() {
+    let pair = poisoned_pair(500, "false").await;
+    pair.target
+        .exec(
+            "CREATE FUNCTION rewrite() RETURNS trigger LANGUAGE plpgsql AS \
+             $$ BEGIN IF NEW.id = 77 THEN NEW.label := 'rewritten'; END IF; RETURN NEW; END $$; \
+             CREATE TRIGGER rewrite BEFORE INSERT ON public.records FOR EACH ROW EXECUTE FUNCTION rewrite()",
+        )
+        .await;
+    pair.run(&["public.records"]).exits(exit::ERROR).await;
+    let reason = pair
+        .target
+        .column(
+            "SELECT concat_ws(' ', status, error_sqlstate, error_message, error_hint) FROM dedup.checkpoints",
+        )
+        .await;
+    assert!(reason[0].starts_with("failed 23000") && reason[0].contains("trigger"), "{reason:?}");
+    assert_eq!(pair.target.one::<i64>("SELECT count(*) FROM public.records").await, 0);
+
+    pair.target.exec("DROP TRIGGER rewrite ON public.records").await;
+    pair.resume().exits(exit::DONE).await;
+    integration::check::assert_first_run(&pair.source, &pair.target, &RECORDS).await;
+}

@@ -288,3 +288,70 @@ async fn after_a_restart() {
         assert_current(&pair).await;
     }
 }
+
+/// Keys that are equal and not the same bytes: 1.0 became 1.00 in the source.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_is_written_otherwise() {
+    let pair = Pair::start().await;
+    pair.both("CREATE TABLE public.notes (id numeric PRIMARY KEY, body text)").await;
+    pair.source.exec("INSERT INTO public.notes VALUES (1.0, 'a'), (2.0, 'b'), (3, 'a')").await;
+    run(&pair).exits(exit::DONE).await;
+    pair.source.exec("UPDATE public.notes SET id = 1.00 WHERE id = 1; UPDATE public.notes SET id = 2.000, body = 'c' WHERE id = 2").await;
+    run(&pair).exits(exit::DONE).await;
+    assert_books(&pair.target, Books { source: 3, updated: 2, duplicate: 1, ..Books::default() }).await;
+    assert_current(&pair).await;
+    run(&pair).exits(exit::DONE).await;
+    assert_books(&pair.target, Books { source: 3, unchanged: 2, duplicate: 1, ..Books::default() }).await;
+}
+
+/// GENERATED ALWAYS keeps the key to itself, in COPY and in UPDATE.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_identity_that_is_always_generated() {
+    let pair = Pair::start().await;
+    pair.both("CREATE TABLE public.notes (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, body text)")
+        .await;
+    pair.source.exec("INSERT INTO public.notes (body) VALUES ('a'), ('b'), ('a')").await;
+    run(&pair).exits(exit::DONE).await;
+    pair.source.exec("UPDATE public.notes SET body = 'c' WHERE id = 2").await;
+    run(&pair).exits(exit::DONE).await;
+    assert_books(
+        &pair.target,
+        Books { source: 3, updated: 1, unchanged: 1, duplicate: 1, ..Books::default() },
+    )
+    .await;
+    assert_current(&pair).await;
+}
+
+/// Somebody else writes a key between the look at the target and the write: the chunk is done again and updates.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_appears_meanwhile() {
+    let pair = notes("(1, 'a'), (2, 'b'), (3, 'c')").await;
+    pair.target
+        .exec(
+            "CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS \
+             $$ BEGIN IF NEW.id = 1 THEN PERFORM pg_advisory_xact_lock_shared(42); END IF; RETURN NEW; END $$; \
+             CREATE TRIGGER hold BEFORE INSERT ON public.notes FOR EACH ROW EXECUTE FUNCTION hold()",
+        )
+        .await;
+    let holder = pair.target_again().await;
+    holder.exec("SELECT pg_advisory_lock(42)").await;
+    let sidecar = run(&pair).spawn();
+    loop {
+        let waits: bool = pair
+            .target
+            .one("SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND objid = 42 AND NOT granted)")
+            .await;
+        if waits {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    pair.target.exec("INSERT INTO public.notes VALUES (2, 'of an application')").await;
+    holder.exec("SELECT pg_advisory_unlock(42)").await;
+    let output = sidecar.finish().await;
+    assert_eq!(output.code, Some(exit::DONE), "{}", output.describe());
+    assert_books(&pair.target, Books { source: 3, inserted: 2, updated: 1, ..Books::default() }).await;
+    assert_exact(&pair.source, &pair.target, &NOTES).await;
+    let images = pair.target.column("SELECT action FROM dedup.before_images").await;
+    assert_eq!(images, ["update"]);
+}

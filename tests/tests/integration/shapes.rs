@@ -243,3 +243,96 @@ async fn natural_keys_and_junction_tables_keep_every_record() {
     pair.run(&["public.settings", "public.membership"]).exits(exit::DONE).await;
     assert_books(&pair.target, Books { source: 1_000, inserted: 1_000, ..Books::default() }).await;
 }
+
+/// Rows that point at rows of later chunks wait for them; only what nothing satisfies is set aside.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_references_itself() {
+    let pair = Pair::start().await;
+    let columns = "id int PRIMARY KEY, parent int, note text";
+    pair.source.exec(&format!("CREATE TABLE public.nodes ({columns})")).await;
+    pair.target
+        .exec(&format!("CREATE TABLE public.nodes ({columns}, FOREIGN KEY (parent) REFERENCES public.nodes)"))
+        .await;
+    pair.source
+        .exec(
+            "INSERT INTO public.nodes SELECT n, CASE WHEN n <= 3000 THEN 3000 + n % 1000 + 1 END, 'node ' || n \
+             FROM generate_series(1, 4000) AS n; \
+             UPDATE public.nodes SET parent = 9999 WHERE id = 10; ANALYZE public.nodes",
+        )
+        .await;
+    pair.run(&["public.nodes"]).workers(2).chunk_size("30kB").exits(exit::LEFT_ASIDE).await;
+    assert_books(&pair.target, Books { source: 4_000, inserted: 3_999, quarantined: 1, ..Books::default() })
+        .await;
+    let aside = pair.target.column("SELECT concat_ws(' ', source_key, sqlstate) FROM dedup.quarantine").await;
+    assert_eq!(aside, ["id=10 23503"]);
+}
+
+const LOG: Table<'_> =
+    Table { source: "public.log", target: "public.log", content: &["at", "line"], columns: &["at", "line"] };
+
+async fn log_pair() -> Pair {
+    let pair = Pair::start().await;
+    pair.both("CREATE TABLE public.log (at timestamptz, line text)").await;
+    pair.source
+        .exec(
+            "INSERT INTO public.log SELECT timestamptz '2024-01-01+00' + n % 900 * interval '1 s', 'line ' || n % 2700 \
+             FROM generate_series(1, 9000) AS n; ANALYZE public.log",
+        )
+        .await;
+    pair
+}
+
+/// Positions mean nothing under another snapshot: a table without a key starts over, and stays exact.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_without_a_key_is_resumed() {
+    let pair = log_pair().await;
+    let run = pair.run(&["public.log"]).workers(2).chunk_size("60kB");
+    run.killed_at("before_commit@3").await;
+    // The source goes on meanwhile: rows move.
+    pair.source.exec("DELETE FROM public.log WHERE line LIKE '%7'").await;
+    pair.source.exec("VACUUM FULL public.log").await;
+    pair.source
+        .exec("INSERT INTO public.log SELECT now(), 'late ' || n FROM generate_series(1, 100) AS n")
+        .await;
+    pair.target.exec("UPDATE dedup.runs SET options = options || '{\"lease_seconds\": 2}'").await;
+    let written = "(SELECT * FROM public.log UNION SELECT at, line FROM public.gone)";
+    pair.source.exec("CREATE TABLE public.gone (at timestamptz, line text)").await;
+    // What the first attempt wrote and the source has deleted since stays.
+    let kept = pair.target.copy_lines("SELECT * FROM public.log WHERE line LIKE '%7'").await.concat();
+    pair.source.try_copy_in("COPY public.gone FROM STDIN", kept.into()).await.expect("copy");
+    pair.resume().workers(2).exits(exit::DONE).await;
+    assert_exact(&pair.source, &pair.target, &Table { source: written, ..LOG }).await;
+    assert_index(&pair.target, &LOG).await;
+    let open: i64 =
+        pair.target.one("SELECT count(*) FROM dedup.checkpoints WHERE status <> 'verified'").await;
+    assert_eq!(open, 0);
+}
+
+/// Without a key nothing can be read back chunk by chunk; the scan at the end finds what never arrived, and the
+/// next attempt writes it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_without_a_key_is_verified() {
+    let pair = log_pair().await;
+    pair.target
+        .exec(
+            "CREATE FUNCTION swallow() RETURNS trigger LANGUAGE plpgsql AS \
+             $$ BEGIN IF NEW.line IN ('line 77', 'line 1077') THEN RETURN NULL; END IF; RETURN NEW; END $$; \
+             CREATE TRIGGER swallow BEFORE INSERT ON public.log FOR EACH ROW EXECUTE FUNCTION swallow()",
+        )
+        .await;
+    pair.run(&["public.log"]).workers(2).chunk_size("60kB").exits(exit::ERROR).await;
+    let failed = pair
+        .target
+        .column("SELECT concat_ws(' ', error_sqlstate, error_message) FROM dedup.checkpoints WHERE status = 'failed'")
+        .await;
+    assert!((1..=2).contains(&failed.len()), "{failed:?}");
+    assert!(failed.iter().all(|reason| reason.starts_with("23000 ")), "{failed:?}");
+    let verified: i64 =
+        pair.target.one("SELECT count(*) FROM dedup.checkpoints WHERE status = 'verified'").await;
+    assert!(verified >= 1, "the other chunks are verified");
+
+    pair.target.exec("DROP TRIGGER swallow ON public.log").await;
+    pair.resume().workers(2).exits(exit::DONE).await;
+    assert_exact(&pair.source, &pair.target, &LOG).await;
+    assert_index(&pair.target, &LOG).await;
+}
