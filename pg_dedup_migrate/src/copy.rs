@@ -46,44 +46,44 @@ pub struct Refused {
 pub fn attempt(
     work: impl FnOnce() -> Result<()> + std::panic::UnwindSafe,
 ) -> Result<std::result::Result<(), Refused>> {
-    // SAFETY: plain globals of this backend, restored below; the subtransaction is released or rolled back on every path that
-    // does not leave by an ERROR, and by the outer abort on that one.
+    // SAFETY: plain globals of this backend, restored below; the subtransaction is released or rolled back on every path.
     let (context, owner) = unsafe { (pg_sys::CurrentMemoryContext, pg_sys::CurrentResourceOwner) };
     // SAFETY: inside a transaction, not in a parallel worker.
     unsafe {
         pg_sys::BeginInternalSubTransaction(std::ptr::null());
         pg_sys::CurrentMemoryContext = context;
     }
-    let outcome = PgTryBuilder::new(|| -> Result<std::result::Result<(), Refused>> {
-        work()?;
-        Spi::run("SET CONSTRAINTS ALL IMMEDIATE")?;
-        Ok(Ok(()))
-    })
-    .catch_others(|caught| {
-        let report = match &caught {
-            pg_sys::panic::CaughtError::PostgresError(report)
-            | pg_sys::panic::CaughtError::ErrorReport(report)
-            | pg_sys::panic::CaughtError::RustPanic { ereport: report, .. } => report,
-        };
-        let sqlstate = sqlstate(report.sql_error_code());
-        if refuses_record(&sqlstate) {
-            Ok(Err(Refused { sqlstate, message: report.message().to_owned() }))
-        } else {
-            caught.rethrow()
-        }
-    })
-    .execute();
+    let outcome =
+        PgTryBuilder::new(|| -> std::result::Result<Result<std::result::Result<(), Refused>>, _> {
+            let done = work().and_then(|()| Ok(Spi::run("SET CONSTRAINTS ALL IMMEDIATE")?));
+            Ok(done.map(Ok))
+        })
+        .catch_others(|caught| {
+            let report = match &caught {
+                pg_sys::panic::CaughtError::PostgresError(report)
+                | pg_sys::panic::CaughtError::ErrorReport(report)
+                | pg_sys::panic::CaughtError::RustPanic { ereport: report, .. } => report,
+            };
+            let sqlstate = sqlstate(report.sql_error_code());
+            if refuses_record(&sqlstate) {
+                Ok(Ok(Err(Refused { sqlstate, message: report.message().to_owned() })))
+            } else {
+                Err(caught)
+            }
+        })
+        .execute();
     FEED.with_borrow_mut(VecDeque::clear);
     // SAFETY: the subtransaction begun above is the current one.
     unsafe {
         match &outcome {
-            Ok(Ok(())) => pg_sys::ReleaseCurrentSubTransaction(),
+            Ok(Ok(Ok(()))) => pg_sys::ReleaseCurrentSubTransaction(),
             _ => pg_sys::RollbackAndReleaseCurrentSubTransaction(),
         }
         pg_sys::CurrentMemoryContext = context;
         pg_sys::CurrentResourceOwner = owner;
     }
-    outcome
+    // Only now: whoever catches it, an exception block of PL/pgSQL say, takes back the subtransaction that it finds current.
+    outcome.unwrap_or_else(|caught| caught.rethrow())
 }
 
 /// The five characters of a packed SQLSTATE: six bits each, counted from '0' (MAKE_SQLSTATE of utils/elog.h).

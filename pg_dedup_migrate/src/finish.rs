@@ -117,6 +117,7 @@ pub fn finish(
     let written = books.written(&chunk.standing);
     let manifest = read_manifest(manifest, &written)?;
     claims::verify_ours(chunk.scope(), manifest.iter().map(|e| e.digest.as_bytes()))?;
+    check_refused_replacements(chunk, &manifest, &tombstones)?;
 
     write_segment(chunk.target_id, ordinal as u64, &manifest, &tombstones)?;
     write_ledger(chunk, ordinal, ledger, books.counts[DUPLICATE])?;
@@ -181,6 +182,27 @@ fn read_manifest<'a>(bytes: &'a [u8], written: &(i64, Checksum)) -> Result<Vec<w
             .detail(format!("{} entries, {} rows written.", entries.len(), written.0)));
     }
     Ok(entries)
+}
+
+/// Contents of rows that were about to be replaced counted as gone when the chunk's digests were claimed. A row that the target then
+/// would not let go still holds its content: if the chunk wrote that under another key, it would stand there twice.
+fn check_refused_replacements(
+    chunk: &OpenChunk,
+    manifest: &[wire::ManifestEntry<'_>],
+    tombstones: &[(Digest, Vec<u8>)],
+) -> Result<()> {
+    for (digest, key) in chunk.leaving.iter() {
+        let gone = tombstones.binary_search_by(|(d, k)| (d.as_bytes(), k).cmp(&(digest, key))).is_ok();
+        if !gone && manifest.binary_search_by(|e| e.digest.as_bytes().cmp(digest)).is_ok() {
+            return Err(Error::state(format!(
+                "a row of {} kept content that the chunk wrote under another key",
+                chunk.target_name()
+            ))
+            .detail(format!("The row is {}.", chunk.key_types.query_string(key)?))
+            .hint("mend what the target refused to replace the row for, then requeue the chunk"));
+        }
+    }
+    Ok(())
 }
 
 fn write_segment(

@@ -167,10 +167,37 @@ impl Writer<'_> {
         }
         self.write(&[Way::Insert, Way::Upsert])?;
         let superseded = self.fold.settle()?;
-        if !superseded.is_empty() {
-            let keys: Vec<&[u8]> =
-                wire::keys(&superseded).collect::<std::result::Result<_, _>>().map_err(FoldError::from)?;
-            upsert::delete(self.chunk, &keys)?;
+        self.remove(&superseded)
+    }
+
+    /// Removes the rows of superseded records. Where one cannot go (a foreign key points at it), the record is set aside.
+    fn remove(&mut self, superseded: &[u32]) -> Result<()> {
+        if superseded.is_empty() {
+            return Ok(());
+        }
+        finish::draw_ordinal(self.chunk)?;
+        let mut plan = WritePlan::new(superseded.len());
+        while let Some(positions) = plan.next() {
+            let keys = self.fold.packed_keys(&superseded[positions.clone()])?;
+            let chunk = std::panic::AssertUnwindSafe(&mut *self.chunk);
+            let attempt = move || {
+                let chunk = chunk;
+                let keys: Vec<&[u8]> =
+                    wire::keys(&keys).collect::<std::result::Result<_, _>>().map_err(FoldError::from)?;
+                upsert::delete(chunk.0, &keys).map(drop)
+            };
+            match copy::attempt(attempt)? {
+                Ok(()) => plan.accepted(),
+                Err(reason) => {
+                    let Some(position) = plan.refused(None) else { continue };
+                    let refusal = Refusal {
+                        reason: condition_name(&reason.sqlstate).to_owned(),
+                        sqlstate: reason.sqlstate,
+                        message: reason.message,
+                    };
+                    self.fold.keep(superseded[position], refusal);
+                }
+            }
         }
         Ok(())
     }

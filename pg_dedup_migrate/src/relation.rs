@@ -288,6 +288,12 @@ impl<'a> Row<'a> {
         }
     }
 
+    /// The table the row is in.
+    pub fn table(&self) -> pg_sys::Oid {
+        // SAFETY: a scan's slot names the table it was filled from.
+        unsafe { (*self.slot).tts_tableOid }
+    }
+
     /// bigint column (numbered from 1).
     pub fn int8(&self, column: i32) -> Result<i64> {
         Ok(self.datum(column)?.value() as i64)

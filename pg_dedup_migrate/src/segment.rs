@@ -3,6 +3,9 @@
 //! A segment is written whole by one transaction and never changed. Its id is drawn anew for every attempt, so an
 //! aborted attempt can leave dead rows but never rows that look like somebody else's. Rows are written natively:
 //! the statement triggers that mark the filter cold are for rows that come in any other way.
+use std::cell::RefCell;
+use std::collections::HashMap;
+
 use pg_dedup_record::block::{BlockBuilder, BlockView, Entry};
 use pg_dedup_record::digest::Digest;
 use pgrx::{IntoDatum, pg_sys};
@@ -213,13 +216,62 @@ impl<'a> BlockReader<'a> {
     }
 }
 
+thread_local! {
+    /// Blocks whose checksum this backend has verified.
+    static VERIFIED: RefCell<Verified> = RefCell::new(Verified::default());
+}
+
+/// A bit a block, by segment. Blocks are immutable and ids never reused, so one look at every byte of a block is enough for a backend's
+/// life; after that a look-up touches only the digests it compares. A billion entries make 6 million bits.
+#[derive(Default)]
+struct Verified {
+    /// The table the bits are about: CREATE EXTENSION in a fresh schema begins to count anew.
+    table: pg_sys::Oid,
+    segments: HashMap<i64, Vec<u64>>,
+}
+
+impl Verified {
+    /// Segments remembered at most; compaction retires ids, and nobody says so here.
+    const LIMIT: usize = 4096;
+
+    fn contains(&self, table: pg_sys::Oid, segment: i64, block: usize) -> bool {
+        self.table == table
+            && self
+                .segments
+                .get(&segment)
+                .and_then(|bits| bits.get(block / 64))
+                .is_some_and(|word| word >> (block % 64) & 1 == 1)
+    }
+
+    fn insert(&mut self, table: pg_sys::Oid, segment: i64, block: usize) {
+        if self.table != table || self.segments.len() >= Self::LIMIT {
+            self.segments.clear();
+            self.table = table;
+        }
+        let bits = self.segments.entry(segment).or_default();
+        if bits.len() <= block / 64 {
+            bits.resize(block / 64 + 1, 0);
+        }
+        bits[block / 64] |= 1 << (block % 64);
+    }
+}
+
 fn parse<'a>(row: &crate::relation::Row<'a>) -> Result<BlockView<'a>> {
-    BlockView::parse(row.plain_bytes(4)?).map_err(|error| {
-        let (segment, block) = (row.int8(1).unwrap_or(-1), row.int4(2).unwrap_or(-1));
+    let (table, segment) = (row.table(), row.int8(1)?);
+    let block =
+        usize::try_from(row.int4(2)?).map_err(|_| Error::corrupted("a block has a negative number"))?;
+    let bytes = row.plain_bytes(4)?;
+    let known = VERIFIED.with_borrow(|verified| verified.contains(table, segment, block));
+    let view = if known { BlockView::parse_verified(bytes) } else { BlockView::parse(bytes) };
+    let view = view.map_err(|error| {
         Error::corrupted(format!("block {block} of segment {segment} is damaged"))
             .detail(error.to_string())
             .hint("restore dedup.segment_block from a backup, or rebuild the index with dedup.reindex_target")
-    })
+    })?;
+    if !known {
+        VERIFIED.with_borrow_mut(|verified| verified.insert(table, segment, block));
+    }
+    Ok(view)
 }
 
 /// Calls `visit` with every entry of a segment, in order.

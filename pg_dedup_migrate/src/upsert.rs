@@ -282,6 +282,7 @@ pub fn delete(chunk: &mut OpenChunk, keys: &[&[u8]]) -> Result<i64> {
     let arrays = chunk.key_types.arrays(keys)?;
     let target = chunk.target_name();
     let (unnest, condition) = (chunk.key_types.unnest(), chunk.key_types.join_condition());
+    refuse_to_cascade(chunk, &unnest, &condition, &arrays)?;
     let images =
         keep_before_images(chunk, &format!("{unnest} JOIN {target} AS t ON {condition}"), &arrays, "delete")?;
     let deleted = execute(&format!("DELETE FROM {target} AS t USING {unnest} WHERE {condition}"), &arrays)?;
@@ -293,6 +294,55 @@ pub fn delete(chunk: &mut OpenChunk, keys: &[&[u8]]) -> Result<i64> {
         .hint("look for a trigger, rule or policy that hides or keeps rows of the target"));
     }
     Ok(deleted)
+}
+
+/// A row that goes must not take rows of other tables along: what ON DELETE CASCADE or SET NULL would do to them is in no books.
+fn refuse_to_cascade(
+    chunk: &OpenChunk,
+    unnest: &str,
+    condition: &str,
+    arrays: &[DatumWithOid<'_>],
+) -> Result<()> {
+    let references: Vec<(String, String, String)> = Spi::connect(|client| {
+        client
+            .select(
+                "SELECT c.conname::text AS name, pg_catalog.format('%I.%I', n.nspname, r.relname) AS referencing, \
+                    (SELECT pg_catalog.string_agg(pg_catalog.format('t.%I OPERATOR(%I.%s) r.%I', p.attname, os.nspname, o.oprname, f.attname), ' AND ') \
+                     FROM ROWS FROM (pg_catalog.unnest(c.confkey), pg_catalog.unnest(c.conkey), pg_catalog.unnest(c.conpfeqop)) AS k(referenced, own, operator) \
+                     JOIN pg_catalog.pg_attribute AS p ON p.attrelid = c.confrelid AND p.attnum = k.referenced \
+                     JOIN pg_catalog.pg_attribute AS f ON f.attrelid = c.conrelid AND f.attnum = k.own \
+                     JOIN pg_catalog.pg_operator AS o ON o.oid = k.operator JOIN pg_catalog.pg_namespace AS os ON os.oid = o.oprnamespace) AS matches \
+                 FROM pg_catalog.pg_constraint AS c JOIN pg_catalog.pg_class AS r ON r.oid = c.conrelid \
+                 JOIN pg_catalog.pg_namespace AS n ON n.oid = r.relnamespace \
+                 WHERE c.contype = 'f' AND c.confrelid = $1 AND c.confdeltype IN ('c', 'n', 'd') AND c.conparentid = 0",
+                None,
+                &[chunk.target.into()],
+            )?
+            .into_iter()
+            .map(|row| {
+                Ok((
+                    required(row["name"].value()?)?,
+                    required(row["referencing"].value()?)?,
+                    required(row["matches"].value()?)?,
+                ))
+            })
+            .collect::<Result<_>>()
+    })?;
+    for (name, referencing, matches) in references {
+        let query = format!(
+            "SELECT EXISTS (SELECT FROM {unnest} JOIN {} AS t ON {condition} JOIN {referencing} AS r ON {matches})",
+            chunk.target_name()
+        );
+        if Spi::get_one_with_args::<bool>(&query, arrays)? == Some(true) {
+            return Err(Error::new(
+                PgSqlErrorCode::ERRCODE_FOREIGN_KEY_VIOLATION,
+                format!(
+                    "removing the row would change rows of {referencing} through foreign key constraint \"{name}\""
+                ),
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Stores the rows `t` of `from` as they are now; returns how many.

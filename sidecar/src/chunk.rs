@@ -13,7 +13,7 @@ use crate::failpoint::{self, Failpoint};
 use crate::protocol::{self, ChunkCalls, Lease};
 use crate::read::ReadChunk;
 use crate::tables::TableWork;
-use crate::write::{Judge, RefusedRow, write_rows};
+use crate::write::{Judge, RefusedRow, remove_rows, write_rows};
 
 /// Quarantine calls in flight at once.
 const QUARANTINE_PIPELINE: usize = 32;
@@ -71,9 +71,11 @@ pub async fn write_chunk(context: &ChunkContext<'_>, read: &ReadChunk) -> Result
     let mut fold = writer.fold;
 
     let superseded = fold.settle()?;
-    if !superseded.is_empty() {
-        calls.delete_superseded(&superseded).await?;
+    let kept = remove_rows(calls, &superseded, |rows| Ok(fold.packed_keys(rows)?)).await?;
+    for (row, refusal) in kept {
+        fold.keep(row, refusal);
     }
+    over_budget(fold.refused().len(), context.error_budget)?;
     quarantine(calls, &fold, read).await?;
     failpoint::reach(Failpoint::BeforeFinish).await;
     let written = started.elapsed();

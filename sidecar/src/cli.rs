@@ -92,7 +92,7 @@ pub struct RunArgs {
     /// Workers in this process [default: 2]
     #[arg(long, value_name = "N")]
     pub workers: Option<u16>,
-    /// Bytes a chunk, as the source sends them [default: 100MB]
+    /// Bytes a chunk, as the source sends them [default: 25MB]
     #[arg(long, value_name = "BYTES")]
     pub chunk_size: Option<String>,
     /// Records that may be refused in a chunk before the chunk is failed [default: 10000]
@@ -147,7 +147,7 @@ pub struct DoctorArgs {
     /// Workers planned [default: 2]
     #[arg(long, value_name = "N")]
     pub workers: Option<u16>,
-    /// Bytes a chunk planned [default: 100MB]
+    /// Bytes a chunk planned [default: 25MB]
     #[arg(long, value_name = "BYTES")]
     pub chunk_size: Option<String>,
 }

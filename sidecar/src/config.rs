@@ -4,7 +4,7 @@
 //! source = "postgresql://reader@old.example/shop"
 //! target = "postgresql://loader@new.example/shop"
 //! workers = 4
-//! chunk_size = "100MB"
+//! chunk_size = "25MB"
 //!
 //! [[table]]
 //! source = "public.orders"
@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::names::{self, TableName};
 
 /// Bytes a chunk unless told otherwise.
-pub const DEFAULT_CHUNK_BYTES: u64 = 100_000_000;
+pub const DEFAULT_CHUNK_BYTES: u64 = 25_000_000;
 /// Workers a process unless told otherwise.
 pub const DEFAULT_WORKERS: u16 = 2;
 /// Refused records a chunk unless told otherwise.

@@ -170,9 +170,14 @@ impl ChunkCalls<'_> {
     }
 
     /// Removes rows whose new content another row has.
-    pub async fn delete_superseded(&self, keys: &[u8]) -> Result<i64> {
+    pub async fn delete_superseded(
+        &self,
+        keys: &[u8],
+    ) -> Result<std::result::Result<(), tokio_postgres::Error>> {
         let sql = "SELECT dedup.delete_superseded($1::uuid, $2::text, $3::bytea)";
-        call(self.session, "delete_superseded", sql, &[&self.run, &self.chunk_id, &keys]).await
+        let statement = self.session.prepared(sql).await?;
+        let deleted = self.session.client.execute(&statement, &[&self.run, &self.chunk_id, &keys]).await;
+        Ok(deleted.map(drop))
     }
 
     /// Sets one refused record aside.

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBuilder};
 use pg_dedup_record::Batch;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use uuid::Uuid;
 
 use crate::chunk::{self, ChunkContext};
@@ -41,16 +42,23 @@ pub struct Crew {
     pub deferred: Mutex<HashMap<String, i64>>,
 }
 
-/// Works until no chunk is left, the run is stopped, or somebody interrupts.
+/// Lanes a worker: while one writes its chunk, the other reads the next.
+const LANES: u16 = 2;
+
+/// Works until no chunk is left, the run is stopped, or somebody interrupts. At most `workers` chunks are read at a time, and as many
+/// written.
 pub async fn work(crew: Arc<Crew>, workers: u16) -> Result<()> {
     let identities = Identities::default();
-    let ids: Vec<Uuid> = (0..workers).map(|_| identities.take()).collect();
+    let ids: Vec<Uuid> = (0..workers.saturating_mul(LANES)).map(|_| identities.take()).collect();
+    let turns =
+        Arc::new(Turns { reading: Semaphore::new(workers.into()), writing: Semaphore::new(workers.into()) });
     let (_heartbeat, status) = Heartbeat::start(crew.target.clone(), crew.run, identities.clone()).await?;
     let mut tasks = tokio::task::JoinSet::new();
     for id in ids {
         let worker = Worker {
             id,
             crew: crew.clone(),
+            turns: turns.clone(),
             identities: identities.clone(),
             status: status.clone(),
             source: None,
@@ -73,9 +81,17 @@ pub async fn work(crew: Arc<Crew>, workers: u16) -> Result<()> {
     first_error.map_or(Ok(()), Err)
 }
 
+/// What keeps sources and targets from seeing more sessions at work than there are workers.
+struct Turns {
+    reading: Semaphore,
+    writing: Semaphore,
+}
+
+/// One lane: an identity, a source session and a target session.
 struct Worker {
     id: Uuid,
     crew: Arc<Crew>,
+    turns: Arc<Turns>,
     identities: Identities,
     status: RunStatus,
     source: Option<Session>,
@@ -211,8 +227,11 @@ impl Worker {
             return Err(Error::here(Kind::Connection, "a connection is gone"));
         };
         tracing::debug!("chunk {} of {}: attempt {}", lease.chunk_id, table.source, lease.attempt);
+        let turn = take_turn(&self.turns.reading).await?;
         let read = read::read_chunk(source, table, &lease.range, &crew.counters, self.spent.take()).await?;
+        drop(turn);
         failpoint::reach(Failpoint::Read).await;
+        let turn = take_turn(&self.turns.writing).await?;
         let deferred_at = lock(&crew.deferred).get(&lease.chunk_id).copied();
         let context = ChunkContext {
             target,
@@ -227,6 +246,7 @@ impl Worker {
         if let Ok(books) = &books {
             crew.counters.committed(read.bytes, books);
         }
+        drop(turn);
         drop(read.in_flight);
         self.spent = Some(read.batch);
         let books = books?;
@@ -326,6 +346,11 @@ impl Worker {
         }
         protocol::fail_chunk(target, self.crew.run, lease, error, retry).await
     }
+}
+
+/// Waits until one more may read, or write.
+async fn take_turn(turns: &Semaphore) -> Result<SemaphorePermit<'_>> {
+    turns.acquire().await.map_err(|_| Error::here(Kind::Interrupted, "interrupted"))
 }
 
 /// One line about a chunk that did not end well, here where the error is handled.

@@ -49,7 +49,14 @@ pub async fn write_rows(
     let mut plan = WritePlan::new(rows.len());
     let mut refused = Vec::new();
     while let Some(positions) = plan.next() {
-        match attempt(calls, table, batch, &rows[positions], way).await? {
+        let rows_now = &rows[positions];
+        let write = async {
+            match way {
+                Way::Insert => insert(calls, table, batch, rows_now).await,
+                Way::Upsert => upsert(calls, table, batch, rows_now).await,
+            }
+        };
+        match attempt(calls, write).await? {
             None => plan.accepted(),
             Some(refusal) => {
                 judge.attempt_refused(&refusal.refusal.sqlstate).await?;
@@ -68,6 +75,26 @@ pub async fn write_rows(
     Ok(refused)
 }
 
+/// Removes the rows of superseded records; returns those that the target keeps, because a foreign key points at them.
+pub async fn remove_rows(
+    calls: ChunkCalls<'_>,
+    rows: &[u32],
+    packed_keys: impl Fn(&[u32]) -> Result<Vec<u8>>,
+) -> Result<Vec<(u32, Refusal)>> {
+    let mut plan = WritePlan::new(rows.len());
+    let mut kept = Vec::new();
+    while let Some(positions) = plan.next() {
+        let keys = packed_keys(&rows[positions])?;
+        match attempt(calls, calls.delete_superseded(&keys)).await? {
+            None => plan.accepted(),
+            Some(refusal) => {
+                kept.extend(plan.refused(None).map(|position| (rows[position], refusal.refusal)));
+            }
+        }
+    }
+    Ok(kept)
+}
+
 /// Why an attempt was refused as a whole.
 struct AttemptRefused {
     refusal: Refusal,
@@ -79,19 +106,12 @@ struct AttemptRefused {
 /// One attempt under a savepoint; `None`: accepted.
 async fn attempt(
     calls: ChunkCalls<'_>,
-    table: &TableWork,
-    batch: &Batch,
-    rows: &[u32],
-    way: Way,
+    write: impl Future<Output = Result<Driver<()>>>,
 ) -> Result<Option<AttemptRefused>> {
     let client = &calls.session.client;
     let doing = "writing rows";
     client.batch_execute("SAVEPOINT dedup_rows").await.at(Side::Target, doing)?;
-    let written = match way {
-        Way::Insert => insert(calls, table, batch, rows).await?,
-        Way::Upsert => upsert(calls, table, batch, rows).await?,
-    };
-    let done = match written {
+    let done = match write.await? {
         Ok(()) => client.batch_execute("SET CONSTRAINTS ALL IMMEDIATE; RELEASE SAVEPOINT dedup_rows").await,
         Err(error) => Err(error),
     };
@@ -115,7 +135,8 @@ async fn attempt(
     Ok(Some(told))
 }
 
-type Driver<T> = std::result::Result<T, tokio_postgres::Error>;
+/// What the driver says, for the caller to judge.
+pub type Driver<T> = std::result::Result<T, tokio_postgres::Error>;
 
 async fn insert(calls: ChunkCalls<'_>, table: &TableWork, batch: &Batch, rows: &[u32]) -> Result<Driver<()>> {
     let statement = calls.session.prepared(&table.copy_in).await?;

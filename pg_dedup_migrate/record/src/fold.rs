@@ -434,9 +434,9 @@ impl<'a> Fold<'a> {
         if self.keyless { &[] } else { self.key_bytes.get(row as usize) }
     }
 
-    /// Decides what is left when everything has been written that can be. Returns the packed keys of the rows that stand
-    /// in the target with content they no longer have in the source, and whose new content another row has.
-    pub fn settle(&mut self) -> Result<Vec<u8>> {
+    /// Decides what is left when everything has been written that can be. Returns the records whose rows stand in the target
+    /// with content they no longer have in the source, and whose new content another row has: those rows are to go.
+    pub fn settle(&mut self) -> Result<Vec<u32>> {
         let mut superseded = Vec::new();
         for row in 0..self.batch.len() {
             if !matches!(self.outcomes[row], Outcome::Open | Outcome::Parked) {
@@ -445,7 +445,7 @@ impl<'a> Fold<'a> {
             if self.states[self.group_of[row] as usize] == GroupState::Standing {
                 self.outcomes[row] = Outcome::Duplicate;
                 if self.keys[row] == Key::Changed {
-                    encode_key(self.key(row as u32), &mut superseded)?;
+                    superseded.push(row as u32);
                 }
             } else if self.keys[row] == Key::Repeated {
                 self.refuse(row as u32, Refusal::key_collision());
@@ -454,6 +454,19 @@ impl<'a> Fold<'a> {
             }
         }
         Ok(superseded)
+    }
+
+    /// The packed keys of some records.
+    pub fn packed_keys(&self, rows: &[u32]) -> Result<Vec<u8>> {
+        let mut keys = Vec::new();
+        rows.iter().try_for_each(|&row| encode_key(self.key(row), &mut keys))?;
+        Ok(keys)
+    }
+
+    /// The row of a superseded record could not be removed: it stays as it is, and the record is set aside.
+    pub fn keep(&mut self, row: u32, refusal: Refusal) {
+        self.outcomes[row as usize] = Outcome::Quarantined;
+        self.refused.push(Refused { row, refusal });
     }
 
     /// The books, once everything is settled.

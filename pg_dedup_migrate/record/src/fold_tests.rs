@@ -133,9 +133,13 @@ fn an_occupied_range_updates_deletes_and_leaves_alone() {
     assert_eq!(fold.next_to_write(Way::Upsert), [1]);
     fold.written(1, Way::Upsert);
     let superseded = fold.settle().unwrap();
-    let keys: Vec<_> = wire::keys(&superseded).collect::<std::result::Result<_, _>>().unwrap();
+    let packed = fold.packed_keys(&superseded).unwrap();
+    let keys: Vec<_> = wire::keys(&packed).collect::<std::result::Result<_, _>>().unwrap();
     assert_eq!(keys, [b"3", b"5"]);
     assert_eq!(fold.books().unwrap().counts, [5, 0, 1, 1, 2, 1]);
+    // A foreign key keeps the second.
+    fold.keep(superseded[1], Refusal::key_collision());
+    assert_eq!(fold.books().unwrap().counts, [5, 0, 1, 1, 1, 2]);
 }
 
 #[test]

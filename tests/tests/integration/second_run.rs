@@ -355,3 +355,49 @@ async fn a_key_that_appears_meanwhile() {
     let images = pair.target.column("SELECT action FROM dedup.before_images").await;
     assert_eq!(images, ["update"]);
 }
+
+/// A row that has to go because another has its new content, and cannot because somebody points at it: set aside, and
+/// nothing that points at it is touched.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_superseded_row_that_is_referenced() {
+    for on_delete in ["NO ACTION", "CASCADE", "SET NULL"] {
+        let pair = notes("(1, 'a'), (2, 'b'), (3, 'c')").await;
+        run(&pair).exits(exit::DONE).await;
+        pair.target
+            .exec(&format!(
+                "CREATE TABLE public.readers (note int REFERENCES public.notes ON DELETE {on_delete}); \
+                 INSERT INTO public.readers VALUES (1)"
+            ))
+            .await;
+        pair.source.exec("UPDATE public.notes SET body = 'b' WHERE id IN (1, 3)").await;
+        run(&pair).exits(exit::LEFT_ASIDE).await;
+        let expected = Books { source: 3, unchanged: 1, duplicate: 1, quarantined: 1, ..Books::default() };
+        assert_books(&pair.target, expected).await;
+        let rows = pair.target.column("SELECT id || ' ' || body FROM public.notes ORDER BY id").await;
+        assert_eq!(rows, ["1 a", "2 b"], "{on_delete}");
+        assert_eq!(pair.target.column("SELECT note FROM public.readers").await, ["1"], "{on_delete}");
+        let aside =
+            pair.target.column("SELECT concat_ws(' ', source_key, sqlstate) FROM dedup.quarantine").await;
+        assert_eq!(aside, ["id=1 23503"], "{on_delete}");
+        assert_index(&pair.target, &NOTES).await;
+    }
+}
+
+/// A row that cannot be replaced keeps its content, so that no other key of the chunk may carry it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_replacement_and_its_old_content() {
+    let pair = notes("(1, 'a'), (2, 'b')").await;
+    run(&pair).exits(exit::DONE).await;
+    pair.target.exec("ALTER TABLE public.notes ADD CHECK (body <> 'poison')").await;
+    pair.source
+        .exec(
+            "UPDATE public.notes SET body = 'poison' WHERE id = 1; INSERT INTO public.notes VALUES (3, 'a')",
+        )
+        .await;
+    run(&pair).exits(exit::ERROR).await.says("kept content");
+    assert_eq!(contents(&pair.target).await, ["a", "b"]);
+    assert_index(&pair.target, &NOTES).await;
+    pair.target.exec("ALTER TABLE public.notes DROP CONSTRAINT notes_body_check").await;
+    pair.resume().exits(exit::DONE).await;
+    assert_current(&pair).await;
+}

@@ -165,3 +165,54 @@ async fn rolled_back_as_a_whole() {
     )
     .await;
 }
+
+/// What the target refuses of a second run: new rows, changed ones, and rows that had to go.
+#[tokio::test(flavor = "multi_thread")]
+async fn refusals_in_a_second_run() {
+    let pair = Pair::start().await;
+    pair.target
+        .exec(
+            "CREATE TABLE public.raw (id int PRIMARY KEY, body text); CREATE TABLE public.notes (id int PRIMARY KEY, body text); \
+             INSERT INTO public.raw SELECT n, 'body ' || n FROM generate_series(1, 900) AS n",
+        )
+        .await;
+    let migrate = async |books: Books| {
+        let run: String = pair.target.one("SELECT dedup.create_run('in SQL')::text").await;
+        pair.target
+            .exec(&format!(
+                "SELECT dedup.add_table('{run}', 'public.raw', 'public.notes', content_columns => ARRAY['body']); \
+                 SELECT dedup.plan_chunks('{run}')"
+            ))
+            .await;
+        pair.target.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+        assert_books(&pair.target, books).await;
+    };
+    migrate(Books { source: 900, inserted: 900, ..Books::default() }).await;
+    pair.target
+        .exec(
+            "ALTER TABLE public.notes ADD CHECK (body NOT LIKE 'poison%'); \
+             CREATE TABLE public.readers (note int REFERENCES public.notes); INSERT INTO public.readers VALUES (5), (6); \
+             UPDATE public.raw SET body = 'poison ' || id WHERE id BETWEEN 101 AND 120; \
+             UPDATE public.raw SET body = 'revised ' || id WHERE id BETWEEN 121 AND 300; \
+             UPDATE public.raw SET body = 'body 900' WHERE id IN (5, 6, 7); \
+             INSERT INTO public.raw SELECT n, CASE WHEN n % 10 = 0 THEN 'poison ' ELSE 'body ' END || n FROM generate_series(901, 1000) AS n",
+        )
+        .await;
+    migrate(Books {
+        source: 1_000,
+        inserted: 90,
+        updated: 180,
+        unchanged: 697,
+        duplicate: 1,
+        quarantined: 32,
+    })
+    .await;
+    let table =
+        Table { source: "public.raw", target: "public.notes", content: &["body"], columns: &["id", "body"] };
+    assert_index(&pair.target, &table).await;
+    let images = pair
+        .target
+        .column("SELECT action || count(*) FROM dedup.before_images GROUP BY action ORDER BY 1")
+        .await;
+    assert_eq!(images, ["delete1", "update180"]);
+}
