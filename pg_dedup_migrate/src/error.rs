@@ -23,6 +23,11 @@ impl Error {
         Self { code, message: message.into(), detail: None, hint: None }
     }
 
+    /// Its SQLSTATE.
+    pub fn code(&self) -> PgSqlErrorCode {
+        self.code
+    }
+
     /// Adds the DETAIL line.
     #[must_use]
     pub fn detail(mut self, detail: impl Into<String>) -> Self {

@@ -191,7 +191,8 @@ async fn refusals_in_a_second_run() {
     pair.target
         .exec(
             "ALTER TABLE public.notes ADD CHECK (body NOT LIKE 'poison%'); \
-             CREATE TABLE public.readers (note int REFERENCES public.notes); INSERT INTO public.readers VALUES (5), (6); \
+             CREATE TABLE public.readers (note int REFERENCES public.notes); INSERT INTO public.readers VALUES (5); \
+             CREATE TABLE public.marks (note int REFERENCES public.notes ON DELETE CASCADE); INSERT INTO public.marks VALUES (6); \
              UPDATE public.raw SET body = 'poison ' || id WHERE id BETWEEN 101 AND 120; \
              UPDATE public.raw SET body = 'revised ' || id WHERE id BETWEEN 121 AND 300; \
              UPDATE public.raw SET body = 'body 900' WHERE id IN (5, 6, 7); \
