@@ -102,7 +102,7 @@ ask_as_a_dba() {
         sum(duplicate_count) AS duplicates, sum(quarantined_count) AS quarantined
    FROM dedup.checkpoints GROUP BY status;"
     ask "Which records were dropped, and in favour of which?" \
-        "SELECT chunk_id, convert_from(source_key, 'SQL_ASCII') AS source_key, survivor FROM dedup.duplicates LIMIT 3;"
+        "SELECT chunk_id, source_key, survivor FROM dedup.duplicates LIMIT 3;"
     ask "Is this record here already, where, and who brought it?" \
         "SELECT dedup.locate('packages', h), p.run_id, p.chunk_id
    FROM (SELECT dedup.content_hash(package, source, version, section, priority, maintainer, homepage, tags, description) AS h
