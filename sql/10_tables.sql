@@ -145,6 +145,9 @@ CREATE TABLE dedup.checkpoints (
     CONSTRAINT syncing_has_lease CHECK (status <> 'syncing' OR lease IS NOT NULL)
 ) WITH (fillfactor = 60, autovacuum_vacuum_scale_factor = 0.05);
 CREATE INDEX checkpoints_open ON dedup.checkpoints (run_id, chunk_no) WHERE status IN ('pending', 'syncing');
+-- What every lease asks: is a table done, and whose lease may have run out.
+CREATE INDEX checkpoints_unwritten ON dedup.checkpoints (run_id, table_id) WHERE status IN ('pending', 'syncing') AND written_at IS NULL;
+CREATE INDEX checkpoints_leased ON dedup.checkpoints (run_id) WHERE status = 'syncing' AND written_at IS NULL;
 COMMENT ON TABLE  dedup.checkpoints IS 'one row a chunk: its range, its state, its books';
 COMMENT ON COLUMN dedup.checkpoints.run_id IS 'the run';
 COMMENT ON COLUMN dedup.checkpoints.chunk_id IS 'name of the chunk in the run: table number and position';
@@ -232,7 +235,9 @@ CREATE TABLE dedup.segment_block (
     first_digest     bytea NOT NULL,
     entries          bytea NOT NULL
 ) WITH (autovacuum_vacuum_scale_factor = 0.05);
-CREATE INDEX segment_block_digest ON dedup.segment_block (segment_id, first_digest);
+-- Unique, so that logical replication can tell the rows apart: one digest may fill several blocks.
+CREATE UNIQUE INDEX segment_block_digest ON dedup.segment_block (segment_id, first_digest, block_no);
+ALTER TABLE dedup.segment_block REPLICA IDENTITY USING INDEX segment_block_digest;
 ALTER TABLE dedup.segment_block ALTER first_digest SET STORAGE PLAIN, ALTER entries SET STORAGE PLAIN;
 COMMENT ON TABLE  dedup.segment_block IS 'packed entries of the segments, one page a row; rows are never updated';
 COMMENT ON COLUMN dedup.segment_block.segment_id IS 'the segment, in dedup.segment';

@@ -45,6 +45,78 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION dedup.run_row(uuid) IS 'the run, or an error that says how to find one';
 
+-- The same, locked against every change of its status until the transaction ends. Whoever decides by the status reads it here.
+-- Order of locks: the run, then (lock_class, 0), then checkpoints.
+CREATE FUNCTION dedup.lock_run(run uuid) RETURNS dedup.runs
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    r dedup.runs;
+BEGIN
+    PERFORM dedup.run_row(run);
+    SELECT * INTO r FROM dedup.runs AS x WHERE x.run_id = run FOR NO KEY UPDATE;
+    RETURN r;
+END $$;
+COMMENT ON FUNCTION dedup.lock_run(uuid) IS 'the run, locked so that its status stays';
+
+-- SQL that is stored with a run (filters, transforms, the very tables and views it reads) executes as whoever calls: that may only be the role
+-- that stored it. Nobody can pass a run on to somebody else; superusers can, which is what a restore does.
+CREATE FUNCTION dedup.keep_owner() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN
+        RETURN NEW;
+    ELSIF TG_OP = 'INSERT' THEN
+        NEW.owner := current_user;
+    ELSIF NEW.owner <> OLD.owner THEN
+        RAISE EXCEPTION 'the owner of a run cannot be changed' USING ERRCODE = 'insufficient_privilege';
+    END IF;
+    RETURN NEW;
+END $$;
+COMMENT ON FUNCTION dedup.keep_owner() IS 'trigger: a run belongs to the role that created it';
+CREATE TRIGGER keep_owner BEFORE INSERT OR UPDATE ON dedup.runs FOR EACH ROW EXECUTE FUNCTION dedup.keep_owner();
+
+CREATE FUNCTION dedup.keep_stored_sql() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    -- Workers of other roles may renew how a remote source is read: that is executed by the worker, on the source.
+    IF TG_OP = 'UPDATE' AND NEW.run_id = OLD.run_id AND NEW.target_id = OLD.target_id AND NEW.source = OLD.source
+        AND NEW.layout = OLD.layout AND NEW.local_options = OLD.local_options
+        AND (NEW.source_spec IS NOT DISTINCT FROM OLD.source_spec
+             OR NOT coalesce(OLD.source_spec ? 'local', true) AND NOT coalesce(NEW.source_spec ? 'local', true)) THEN
+        RETURN NEW;
+    END IF;
+    IF NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN
+        PERFORM dedup.must_own(NEW.run_id);
+    END IF;
+    RETURN NEW;
+END $$;
+COMMENT ON FUNCTION dedup.keep_stored_sql() IS 'trigger: what a run reads is said by its owner';
+CREATE TRIGGER keep_stored_sql BEFORE INSERT OR UPDATE ON dedup.run_tables FOR EACH ROW EXECUTE FUNCTION dedup.keep_stored_sql();
+
+-- What an error says without the values it quotes, for checkpoints and events. Messages of class 22 name the offending value, after a colon
+-- ("invalid input syntax for type integer: ...") or in quotes ("value ... is out of range"); a function's own words (P0001) can say anything.
+-- Workers keep to the same rule for what they report.
+CREATE FUNCTION dedup.without_values(sqlstate text, message text) RETURNS text
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT CASE
+        WHEN sqlstate = 'P0001' THEN 'exception raised by a function or trigger'
+        WHEN sqlstate NOT LIKE '22%' THEN message
+        WHEN strpos(split_part(message, ': ', 1), '"') > 0 THEN 'data exception'
+        ELSE split_part(message, ': ', 1) END
+$$;
+COMMENT ON FUNCTION dedup.without_values(text, text) IS 'an error message without the values that it may quote';
+
+CREATE FUNCTION dedup.must_own(run uuid) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    r dedup.runs := dedup.run_row(run);
+BEGIN
+    IF r.owner <> current_user THEN
+        RAISE EXCEPTION 'must be owner of run %', run USING ERRCODE = 'insufficient_privilege',
+            DETAIL = 'The run''s filters, transforms and sources are executed with the privileges of the role that calls.',
+            HINT = format('SET ROLE %I;', r.owner);
+    END IF;
+END $$;
+COMMENT ON FUNCTION dedup.must_own(uuid) IS 'refuses every role but the run''s owner, superusers too';
+
 -- A target must commit with us, and we must be able to see what is in it.
 CREATE FUNCTION dedup.check_target(target regclass) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
@@ -80,7 +152,8 @@ BEGIN
                 HINT = 'ALTER TABLE ... SET LOGGED first.';
         END IF;
     END LOOP;
-    IF NOT (has_table_privilege(target, 'SELECT') AND has_table_privilege(target, 'INSERT')) THEN
+    IF NOT (has_table_privilege(target, 'SELECT') AND has_table_privilege(target, 'INSERT')
+            AND has_table_privilege(target, 'UPDATE') AND has_table_privilege(target, 'DELETE')) THEN
         RAISE EXCEPTION 'permission denied for table %', target USING ERRCODE = 'insufficient_privilege',
             HINT = format('GRANT SELECT, INSERT, UPDATE, DELETE ON %s TO %I;', target, current_user);
     END IF;
@@ -134,7 +207,7 @@ CREATE FUNCTION dedup.add_table(run uuid, source text, target regclass, key_colu
     options jsonb DEFAULT '{}') RETURNS int
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    r dedup.runs := dedup.run_row(run);
+    r dedup.runs := dedup.lock_run(run);
     all_columns text[];
     excluded text[];
     key text[];
@@ -159,7 +232,10 @@ BEGIN
     IF coalesce(source, '') = '' THEN
         RAISE EXCEPTION 'the source table is missing' USING ERRCODE = 'invalid_parameter_value';
     END IF;
+    PERFORM dedup.must_own(run);
     PERFORM dedup.check_target(target);
+    -- Two runs that name the target at the same time see each other.
+    PERFORM pg_advisory_xact_lock(dedup.lock_class(), 0);
     SELECT x.run_id::text INTO other FROM dedup.run_tables AS x JOIN dedup.runs USING (run_id) JOIN dedup.targets AS y USING (target_id)
     WHERE y.target = add_table.target AND x.run_id <> run AND runs.status IN ('created', 'running', 'paused', 'halted', 'failed', 'rolling_back') LIMIT 1;
     IF other IS NOT NULL THEN
@@ -223,7 +299,6 @@ BEGIN
         'key', (SELECT coalesce(jsonb_agg(jsonb_build_array(table_layout #> ARRAY['columns', i, 'name'], table_layout #> ARRAY['columns', i, 'type_name']) ORDER BY n), '[]')
                 FROM jsonb_array_elements_text(table_layout -> 'key') WITH ORDINALITY AS u(i, n)));
 
-    PERFORM pg_advisory_xact_lock(dedup.lock_class(), 0);
     SELECT * INTO t FROM dedup.targets AS x WHERE x.target = add_table.target FOR UPDATE;
     IF NOT FOUND THEN
         INSERT INTO dedup.targets (target, signature, layout, filenodes)
@@ -254,8 +329,9 @@ CREATE FUNCTION dedup.lock_class() RETURNS int LANGUAGE sql IMMUTABLE AS $$ SELE
 COMMENT ON FUNCTION dedup.lock_class() IS 'first key of this extension''s advisory locks';
 
 -- Entries describe rows of certain files; other files mean TRUNCATE, a rewrite, DROP and CREATE, or a restore.
+-- A leaf that was added since is remembered from now on: what the run writes into it is described by entries too.
 CREATE FUNCTION dedup.check_filenodes(target_number int) RETURNS void
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     t dedup.targets;
     now_nodes jsonb;
@@ -263,7 +339,7 @@ DECLARE
 BEGIN
     SELECT * INTO t FROM dedup.targets AS x WHERE x.target_id = target_number;
     now_nodes := dedup.leaf_filenodes(t.target);
-    -- A leaf that was added since holds rows no run wrote; a leaf that is gone or has another file invalidates entries.
+    -- A leaf that is gone or has another file invalidates entries.
     SELECT string_agg(coalesce(to_regclass(n.key::oid::regclass::text)::text, n.key), ', ') INTO gone
     FROM jsonb_each_text(t.filenodes) AS n WHERE now_nodes ->> n.key IS DISTINCT FROM n.value;
     IF gone IS NOT NULL THEN
@@ -271,8 +347,12 @@ BEGIN
             DETAIL = format('Truncated, rewritten, detached or restored since: %s.', gone),
             HINT = format('SELECT dedup.reindex_target(%L) hashes the rows anew; SELECT dedup.forget_target(%L) drops the index.', t.target, t.target);
     END IF;
+    IF NOT t.filenodes @> now_nodes THEN
+        -- What another transaction has added meanwhile stays: its file is the one that its chunk has seen.
+        UPDATE dedup.targets AS x SET filenodes = now_nodes || x.filenodes WHERE x.target_id = target_number;
+    END IF;
 END $$;
-COMMENT ON FUNCTION dedup.check_filenodes(int) IS 'refuses a target whose rows were replaced behind the hash index';
+COMMENT ON FUNCTION dedup.check_filenodes(int) IS 'refuses a target whose rows were replaced behind the hash index; remembers new leaves';
 
 -- Parents first. Pairs on a cycle of foreign keys do not wait for each other.
 CREATE FUNCTION dedup.order_tables(run uuid) RETURNS void
@@ -321,7 +401,8 @@ COMMENT ON FUNCTION dedup.set_source_spec(uuid, int, jsonb) IS 'stores how worke
 CREATE FUNCTION dedup.add_chunks(run uuid, table_id int, chunks jsonb) RETURNS int
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    r dedup.runs := dedup.run_row(run);
+    -- Locked: planners of one run take turns, and chunk numbers follow each other.
+    r dedup.runs := dedup.lock_run(run);
     base int;
     n int;
 BEGIN
@@ -329,8 +410,6 @@ BEGIN
         RAISE EXCEPTION 'run % is %', run, r.status USING ERRCODE = 'object_not_in_prerequisite_state',
             HINT = 'Chunks are planned before the first one is leased.';
     END IF;
-    -- Serialises planners of one run: chunk numbers follow each other.
-    PERFORM 1 FROM dedup.runs AS x WHERE x.run_id = run FOR UPDATE;
     IF EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.table_id = add_chunks.table_id) THEN
         RAISE EXCEPTION 'table % of run % is planned already', table_id, run USING ERRCODE = 'duplicate_object';
     END IF;
@@ -358,8 +437,7 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     old text;
 BEGIN
-    PERFORM dedup.run_row(run);
-    SELECT r.status INTO old FROM dedup.runs AS r WHERE r.run_id = run FOR UPDATE;
+    old := (dedup.lock_run(run)).status;
     IF old = new_status THEN
         RETURN old;
     ELSIF old <> ALL (allowed) THEN

@@ -11,6 +11,7 @@ DECLARE
     expression text;
     selects jsonb := '[]';
     keys jsonb := '[]';
+    nullable jsonb := '[]';
     key_types jsonb := '[]';
 BEGIN
     FOR column_name, target_type IN
@@ -44,15 +45,17 @@ BEGIN
         END IF;
         keys := keys || to_jsonb(quote_ident(column_name));
         key_types := key_types || to_jsonb(format_type(attribute.atttypid, attribute.atttypmod));
+        nullable := nullable || to_jsonb(NOT attribute.attnotnull);
     END LOOP;
-    RETURN jsonb_build_object('local', true, 'relation', source::text, 'select', selects, 'key', keys, 'key_types', key_types, 'where', filter);
+    RETURN jsonb_build_object('local', true, 'relation', source::text, 'select', selects, 'key', keys, 'key_types', key_types,
+        'key_nullable', nullable, 'where', filter);
 END $$;
 COMMENT ON FUNCTION dedup.local_source_spec(regclass, jsonb, text, jsonb) IS 'how a source that the target database sees is read';
 
 CREATE FUNCTION dedup.plan_chunks(run uuid, chunk_bytes bigint DEFAULT 100000000) RETURNS int
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    r dedup.runs := dedup.run_row(run);
+    r dedup.runs := dedup.lock_run(run);
     t record;
     src regclass;
     kind "char";
@@ -60,6 +63,7 @@ DECLARE
     keys text;
     key_texts text;
     filter text;
+    not_null text;
     total_records bigint;
     total_bytes bigint;
     chunk_count bigint;
@@ -70,6 +74,7 @@ BEGIN
         RAISE EXCEPTION 'run % is %', run, r.status USING ERRCODE = 'object_not_in_prerequisite_state',
             HINT = 'Chunks are planned before the first one is leased.';
     END IF;
+    PERFORM dedup.must_own(run);
     IF coalesce(chunk_bytes, 0) <= 0 THEN
         RAISE EXCEPTION 'chunk_bytes must be positive' USING ERRCODE = 'invalid_parameter_value';
     END IF;
@@ -105,9 +110,12 @@ BEGIN
         ELSE
             SELECT string_agg(k, ', ' ORDER BY n), string_agg(k || '::text', ', ' ORDER BY n) INTO keys, key_texts
             FROM jsonb_array_elements_text(spec -> 'key') WITH ORDINALITY AS u(k, n);
+            -- Records with a null in their key are a chunk of their own: they take no part in the bounds, and the other chunks leave them out.
+            SELECT coalesce(string_agg(k || ' IS NOT NULL', ' AND ' ORDER BY n), 'true') INTO not_null
+            FROM jsonb_array_elements_text(spec -> 'key') WITH ORDINALITY AS u(k, n) WHERE (spec #>> ARRAY['key_nullable', (n - 1)::text])::bool;
             -- Bounds are keys at equal steps in key order; a key that fills several steps makes one bound.
             EXECUTE format($q$
-                WITH numbered AS (SELECT %1$s, row_number() OVER (ORDER BY %1$s) AS dedup_n FROM %2$s WHERE %3$s),
+                WITH numbered AS (SELECT %1$s, row_number() OVER (ORDER BY %1$s) AS dedup_n FROM %2$s WHERE %3$s AND %8$s),
                 bound AS (SELECT DISTINCT ON (%1$s) jsonb_build_array(%4$s) AS b, dedup_n FROM numbered
                           WHERE dedup_n > 1 AND (dedup_n - 1) %% %5$s = 0 ORDER BY %1$s, dedup_n),
                 edge AS (SELECT b, lead(b) OVER (ORDER BY dedup_n) AS next, row_number() OVER (ORDER BY dedup_n) AS i FROM bound)
@@ -115,10 +123,10 @@ BEGIN
                     SELECT 0 AS i, jsonb_build_object('kind', 'key', 'lower', NULL, 'upper', (SELECT b FROM edge WHERE i = 1), 'records', %6$s, 'bytes', %7$s) AS c
                     UNION ALL
                     SELECT i, jsonb_build_object('kind', 'key', 'lower', b, 'upper', next, 'records', %6$s, 'bytes', %7$s) FROM edge) AS all_chunks
-                $q$, keys, src, filter, key_texts, greatest(ceil(total_records::numeric / chunk_count), 1), total_records / chunk_count, total_bytes / chunk_count)
+                $q$, keys, src, filter, key_texts, greatest(ceil(total_records::numeric / chunk_count), 1), total_records / chunk_count, total_bytes / chunk_count,
+                not_null)
             INTO chunks;
-            IF EXISTS (SELECT FROM jsonb_array_elements_text(spec -> 'key') AS k JOIN pg_attribute AS a ON a.attrelid = src AND quote_ident(a.attname) = k
-                       WHERE NOT a.attnotnull) THEN
+            IF spec -> 'key_nullable' @> 'true' THEN
                 chunks := chunks || jsonb_build_array(jsonb_build_object('kind', 'null_key', 'records', 0, 'bytes', 0));
             END IF;
         END IF;
@@ -142,7 +150,7 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
 $$;
 COMMENT ON FUNCTION dedup.page_ranges(bigint, bigint, bigint, bigint) IS 'chunks of a table without a key';
 
--- A lease for this very session. NULL: the chunk is verified already.
+-- A lease for this very session. NULL: the chunk is verified already. The run's row comes before the checkpoint's, as everywhere.
 CREATE FUNCTION dedup.lease_here(run uuid, chunk text) RETURNS uuid
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -150,6 +158,11 @@ DECLARE
     c dedup.checkpoints;
     token uuid;
 BEGIN
+    PERFORM dedup.must_own(run);
+    IF r.status IN ('created', 'failed')
+        AND EXISTS (SELECT FROM dedup.checkpoints AS x WHERE x.run_id = run AND x.chunk_id = chunk AND x.status IN ('pending', 'failed')) THEN
+        PERFORM dedup.set_run_status(run, '{created,failed,running}', 'running', 'run_started');
+    END IF;
     SELECT * INTO c FROM dedup.checkpoints AS x WHERE x.run_id = run AND x.chunk_id = chunk FOR UPDATE;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'run % has no chunk %', run, coalesce(chunk, 'NULL') USING ERRCODE = 'undefined_object',
@@ -165,9 +178,6 @@ BEGIN
     IF c.status = 'syncing' THEN
         RAISE EXCEPTION 'chunk % is %', chunk, CASE WHEN c.written_at IS NULL THEN 'held by a worker' ELSE 'written and waits for verification' END
             USING ERRCODE = 'object_in_use';
-    END IF;
-    IF r.status IN ('created', 'failed') THEN
-        PERFORM dedup.set_run_status(run, '{created,failed,running}', 'running', 'run_started');
     END IF;
     UPDATE dedup.checkpoints AS x
     SET status = 'syncing', lease = gen_random_uuid(), worker_id = NULL, leased_at = clock_timestamp(), started_at = clock_timestamp(),
@@ -190,36 +200,74 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION dedup.migrate_chunk(uuid, text) IS 'migrates one chunk of a source that this database sees, inside the caller''s transaction; a verified chunk is left alone';
 
--- Commits after every chunk; a chunk that fails is marked so and does not stop the others.
+-- Commits after every chunk; a chunk that fails is marked so and does not stop the others. What passes by itself (deadlock, serialization, a lock
+-- that is held for long) is tried again; a chunk that a worker took meanwhile is the worker's.
 CREATE PROCEDURE dedup.migrate_run(run uuid) LANGUAGE plpgsql AS $$
 DECLARE
     chunk text;
+    limit_attempts int := COALESCE(((dedup.run_row(run)).options OPERATOR(pg_catalog.->>) 'max_attempts')::pg_catalog.int4, 5);
+    attempt int;
+    again bool;
+    moved bool;
     message text;
     state text;
     hint text;
 BEGIN
+    PERFORM dedup.must_own(run);
+    -- On its own, so that sessions that share the run do not wait for this one's first chunk.
+    IF (dedup.run_row(run)).status OPERATOR(pg_catalog.=) ANY ('{created,failed}'::pg_catalog.text[])
+        AND EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id OPERATOR(pg_catalog.=) run AND c.status OPERATOR(pg_catalog.=) 'pending') THEN
+        PERFORM dedup.set_run_status(run, '{created,failed,running}', 'running', 'run_started');
+        COMMIT;
+    END IF;
     LOOP
+        moved := false;
         FOR chunk IN SELECT c.chunk_id FROM dedup.checkpoints AS c JOIN dedup.run_tables AS t USING (run_id, table_id)
                      WHERE c.run_id OPERATOR(pg_catalog.=) run AND c.status OPERATOR(pg_catalog.=) 'pending'
                      ORDER BY pg_catalog.cardinality(t.depends_on), c.chunk_no
         LOOP
-            IF (SELECT r.status FROM dedup.runs AS r WHERE r.run_id OPERATOR(pg_catalog.=) run) OPERATOR(pg_catalog.=) ANY ('{paused,cancelled,halted}'::pg_catalog.text[]) THEN
-                RETURN;
-            END IF;
-            BEGIN
-                PERFORM dedup.migrate_chunk(run, chunk);
-            EXCEPTION WHEN OTHERS THEN
-                GET STACKED DIAGNOSTICS state = RETURNED_SQLSTATE, message = MESSAGE_TEXT, hint = PG_EXCEPTION_HINT;
-                UPDATE dedup.checkpoints AS c SET status = 'failed', error_sqlstate = state, error_message = message, error_hint = hint
-                WHERE c.run_id OPERATOR(pg_catalog.=) run AND c.chunk_id OPERATOR(pg_catalog.=) chunk;
-                PERFORM dedup.log_event(run, chunk, 'chunk_failed', pg_catalog.jsonb_build_object('sqlstate', state, 'message', message));
-            END;
-            COMMIT;
+            attempt := 0;
+            LOOP
+                IF (SELECT r.status FROM dedup.runs AS r WHERE r.run_id OPERATOR(pg_catalog.=) run) OPERATOR(pg_catalog.=) ANY ('{paused,cancelled,halted}'::pg_catalog.text[]) THEN
+                    RETURN;
+                END IF;
+                attempt := attempt OPERATOR(pg_catalog.+) 1;
+                again := false;
+                BEGIN
+                    PERFORM dedup.migrate_chunk(run, chunk);
+                    moved := true;
+                EXCEPTION
+                    WHEN object_in_use THEN
+                        NULL;
+                    WHEN OTHERS THEN
+                        GET STACKED DIAGNOSTICS state = RETURNED_SQLSTATE, message = MESSAGE_TEXT, hint = PG_EXCEPTION_HINT;
+                        message := dedup.without_values(state, message);
+                        again := state OPERATOR(pg_catalog.=) ANY ('{40P01,40001,55P03}'::pg_catalog.text[]) AND attempt OPERATOR(pg_catalog.<) limit_attempts;
+                        IF again THEN
+                            PERFORM dedup.log_event(run, chunk, 'chunk_retried', pg_catalog.jsonb_build_object('sqlstate', state, 'message', message));
+                        ELSE
+                            UPDATE dedup.checkpoints AS c SET status = 'failed', attempts = c.attempts OPERATOR(pg_catalog.+) attempt,
+                                error_sqlstate = state, error_message = message, error_hint = hint
+                            WHERE c.run_id OPERATOR(pg_catalog.=) run AND c.chunk_id OPERATOR(pg_catalog.=) chunk AND c.status OPERATOR(pg_catalog.=) 'pending';
+                            IF FOUND THEN
+                                moved := true;
+                                PERFORM dedup.log_event(run, chunk, 'chunk_failed', pg_catalog.jsonb_build_object('sqlstate', state, 'message', message));
+                            END IF;
+                        END IF;
+                END;
+                COMMIT;
+                EXIT WHEN NOT again;
+                PERFORM pg_catalog.pg_sleep(pg_catalog.random() OPERATOR(pg_catalog.*) 0.2::pg_catalog.float8 OPERATOR(pg_catalog.*) attempt::pg_catalog.float8);
+            END LOOP;
         END LOOP;
-        -- The orphan pass may have opened chunks again.
+        -- The orphan pass may have opened chunks again. What others hold, they end.
         EXIT WHEN dedup.complete_run(run) OPERATOR(pg_catalog.<>) 'running'
             OR NOT EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id OPERATOR(pg_catalog.=) run AND c.status OPERATOR(pg_catalog.=) 'pending');
         COMMIT;
+        -- Every chunk that is left is held: there is nothing to do but to look again.
+        IF NOT moved THEN
+            PERFORM pg_catalog.pg_sleep(0.5);
+        END IF;
     END LOOP;
     COMMIT;
 END $$;

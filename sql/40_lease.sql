@@ -13,34 +13,67 @@ COMMENT ON FUNCTION dedup.heartbeat(uuid, uuid, jsonb) IS 'a worker''s sign of l
 CREATE FUNCTION dedup.end_stale_leases(run uuid) RETURNS int
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    lease_time interval := make_interval(secs => coalesce((dedup.run_row(run)).options ->> 'lease_seconds', '60')::float8);
+    options jsonb := (dedup.run_row(run)).options;
+    lease_time interval := make_interval(secs => coalesce(options ->> 'lease_seconds', '60')::float8);
+    limit_attempts int := coalesce((options ->> 'max_attempts')::int, 5);
     stale record;
     ended int := 0;
 BEGIN
     FOR stale IN
-        SELECT c.chunk_id, c.backend_pid, c.backend_start, c.worker_id, c.lease FROM dedup.checkpoints AS c LEFT JOIN dedup.workers AS w USING (worker_id)
+        SELECT c.chunk_id, c.backend_pid, c.backend_start, c.worker_id, c.lease, c.attempts FROM dedup.checkpoints AS c LEFT JOIN dedup.workers AS w USING (worker_id)
         WHERE c.run_id = run AND c.status = 'syncing' AND c.written_at IS NULL
             AND clock_timestamp() > greatest(c.leased_at, w.heartbeat_at) + lease_time
     LOOP
         PERFORM pg_terminate_backend(a.pid, 5000) FROM pg_stat_activity AS a
         WHERE a.pid = stale.backend_pid AND a.backend_start = stale.backend_start AND a.pid <> pg_backend_pid();
-        -- The row is free now, unless the worker finished or somebody else took the chunk over meanwhile.
-        UPDATE dedup.checkpoints AS c SET status = 'pending', not_before = NULL
-        WHERE c.run_id = run AND c.chunk_id = stale.chunk_id AND c.status = 'syncing' AND c.lease = stale.lease AND c.written_at IS NULL;
-        IF FOUND THEN
-            ended := ended + 1;
-            PERFORM dedup.log_event(run, stale.chunk_id, 'lease_expired', jsonb_build_object('worker', stale.worker_id, 'backend_pid', stale.backend_pid));
-        END IF;
+        -- The row is free now, unless the worker finished or somebody else took the chunk over meanwhile. A backend that is not gone yet keeps
+        -- it: whoever leases next looks again, nobody waits here.
+        PERFORM 1 FROM dedup.checkpoints AS c
+        WHERE c.run_id = run AND c.chunk_id = stale.chunk_id AND c.status = 'syncing' AND c.lease = stale.lease AND c.written_at IS NULL
+        FOR UPDATE SKIP LOCKED;
+        CONTINUE WHEN NOT FOUND;
+        -- A chunk whose workers die, every time, may be what kills them.
+        UPDATE dedup.checkpoints AS c
+        SET status = CASE WHEN c.attempts < limit_attempts THEN 'pending' ELSE 'failed' END, not_before = NULL, error_sqlstate = '08006',
+            error_message = format('the lease ran out %s times: its workers died or were cut off', c.attempts),
+            error_hint = 'look at the workers'' logs and memory, then resume the run'
+        WHERE c.run_id = run AND c.chunk_id = stale.chunk_id;
+        ended := ended + 1;
+        PERFORM dedup.log_event(run, stale.chunk_id, CASE WHEN stale.attempts < limit_attempts THEN 'lease_expired' ELSE 'chunk_failed' END,
+            jsonb_build_object('worker', stale.worker_id, 'backend_pid', stale.backend_pid, 'sqlstate', '08006', 'attempts', stale.attempts));
     END LOOP;
     RETURN ended;
 END $$;
-COMMENT ON FUNCTION dedup.end_stale_leases(uuid) IS 'takes chunks from workers without a heartbeat, ending their backends first';
+COMMENT ON FUNCTION dedup.end_stale_leases(uuid) IS 'takes chunks from workers without a heartbeat, ending their backends first; a chunk out of attempts is failed';
+
+-- Leases without a sign of life, for whoever has nothing to do until they run out: how many, how long they have been silent, and how long is left.
+CREATE FUNCTION dedup.silent_leases(run uuid, OUT chunks bigint, OUT silent_seconds float8, OUT seconds_left float8) RETURNS record
+LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+    SELECT count(*), extract(epoch FROM max(s.silence))::float8, greatest(0, s.lease_seconds - extract(epoch FROM max(s.silence)))::float8
+    FROM (SELECT clock_timestamp() - greatest(c.leased_at, w.heartbeat_at) AS silence, coalesce((r.options ->> 'lease_seconds')::float8, 60) AS lease_seconds
+          FROM dedup.checkpoints AS c JOIN dedup.runs AS r USING (run_id) LEFT JOIN dedup.workers AS w USING (worker_id)
+          WHERE c.run_id = run AND c.status = 'syncing' AND c.written_at IS NULL) AS s
+    WHERE s.silence > least(interval '10 s', make_interval(secs => s.lease_seconds / 2)) GROUP BY s.lease_seconds
+$$;
+COMMENT ON FUNCTION dedup.silent_leases(uuid) IS 'chunks held by workers without a recent heartbeat, and the seconds until the first is free; null: none';
+
+-- One session is enough; the others go on with a cold filter, which is slower and as exact.
+CREATE FUNCTION dedup.warm_filter_once() RETURNS bigint
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF pg_try_advisory_xact_lock(dedup.lock_class(), -2147483648) THEN
+        RETURN dedup.warm_filter();
+    END IF;
+    RETURN 0;
+END $$;
+COMMENT ON FUNCTION dedup.warm_filter_once() IS 'warms a cold filter unless another session is at it; returns the entries read';
 
 CREATE FUNCTION dedup.lease_chunk(run uuid, worker uuid, OUT chunk_id text, OUT chunk_no int, OUT table_id int, OUT range_kind text,
     OUT range_lower text[], OUT range_upper text[], OUT lease uuid, OUT attempt int) RETURNS SETOF record
 LANGUAGE plpgsql ROWS 1 SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     r dedup.runs := dedup.run_row(run);
+    ready int[];
     picked dedup.checkpoints;
 BEGIN
     IF r.status = 'created' THEN
@@ -49,10 +82,11 @@ BEGIN
         RETURN;
     END IF;
     PERFORM dedup.end_stale_leases(run);
-    SELECT c.* INTO picked FROM dedup.checkpoints AS c JOIN dedup.run_tables AS t ON t.run_id = c.run_id AND t.table_id = c.table_id
-    WHERE c.run_id = run AND c.status = 'pending' AND (c.not_before IS NULL OR c.not_before <= clock_timestamp())
-        AND (t.depends_on = '{}' OR NOT EXISTS (SELECT FROM dedup.checkpoints AS parent
-             WHERE parent.run_id = run AND parent.table_id = ANY (t.depends_on) AND parent.status IN ('pending', 'syncing') AND parent.written_at IS NULL))
+    -- Tables whose parents are written, once a lease and not once a chunk.
+    ready := ARRAY(SELECT t.table_id FROM dedup.run_tables AS t WHERE t.run_id = run AND NOT EXISTS (SELECT FROM dedup.checkpoints AS parent
+        WHERE parent.run_id = run AND parent.table_id = ANY (t.depends_on) AND parent.status IN ('pending', 'syncing') AND parent.written_at IS NULL));
+    SELECT c.* INTO picked FROM dedup.checkpoints AS c
+    WHERE c.run_id = run AND c.status = 'pending' AND c.table_id = ANY (ready) AND (c.not_before IS NULL OR c.not_before <= clock_timestamp())
     ORDER BY c.chunk_no FOR UPDATE OF c SKIP LOCKED LIMIT 1;
     IF NOT FOUND THEN
         RETURN;
@@ -83,7 +117,7 @@ BEGIN
         attempts = c.attempts - CASE WHEN retry AND sqlstate IN ('53100', '57014', '23503') THEN 1 ELSE 0 END,
         not_before = clock_timestamp() + make_interval(secs => least(30, 0.5 * 2 ^ (c.attempts - 1)) * (0.5 + random())),
         error_sqlstate = fail_chunk.sqlstate, error_message = left(fail_chunk.message, 2000), error_hint = left(fail_chunk.hint, 2000)
-    WHERE c.run_id = run AND c.chunk_id = fail_chunk.chunk_id AND c.lease = fail_chunk.lease AND c.status = 'syncing'
+    WHERE c.run_id = run AND c.chunk_id = fail_chunk.chunk_id AND c.lease = fail_chunk.lease AND c.status = 'syncing' AND c.written_at IS NULL
     RETURNING c.status INTO new_status;
     IF new_status IS NULL THEN
         RETURN 'fenced';
@@ -97,7 +131,7 @@ COMMENT ON FUNCTION dedup.fail_chunk(uuid, text, uuid, text, text, text, text, b
 CREATE FUNCTION dedup.requeue(run uuid, what text, chunk text DEFAULT NULL) RETURNS int
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    r dedup.runs := dedup.run_row(run);
+    r dedup.runs := dedup.lock_run(run);
     n int;
 BEGIN
     IF what IS NULL OR what NOT IN ('failed', 'quarantined') THEN

@@ -11,13 +11,13 @@ COMMENT ON FUNCTION dedup.needs_index(uuid, int) IS 'were the rows that stand in
 CREATE FUNCTION dedup.complete_run(run uuid) RETURNS text
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET synchronous_commit = on AS $$
 DECLARE
-    old text := (dedup.run_row(run)).status;
+    old text := (dedup.lock_run(run)).status;
     open_chunks bigint;
     failed_chunks bigint;
     reopened bigint;
+    others uuid[];
     waiting int;
 BEGIN
-    PERFORM 1 FROM dedup.runs AS r WHERE r.run_id = run FOR UPDATE;
     -- What has no key is read back now that everything is written.
     IF old IN ('created', 'running', 'failed') AND dedup.run_state(run) = 'finished' THEN
         FOR waiting IN SELECT DISTINCT c.table_id FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.status = 'syncing' ORDER BY 1 LOOP
@@ -30,12 +30,24 @@ BEGIN
         RETURN old;
     END IF;
     IF failed_chunks = 0 THEN
-        UPDATE dedup.checkpoints AS c SET status = 'pending', attempts = 0, not_before = NULL, written_at = NULL
-        FROM dedup.orphans(run) AS o WHERE c.run_id = run AND c.chunk_id = o.chunk_id;
-        GET DIAGNOSTICS reopened = ROW_COUNT;
+        WITH lost AS MATERIALIZED (SELECT o.run_id, o.chunk_id FROM dedup.orphans(run) AS o),
+        opened AS (UPDATE dedup.checkpoints AS c SET status = 'pending', attempts = 0, not_before = NULL, written_at = NULL
+                   FROM lost WHERE c.run_id = lost.run_id AND c.chunk_id = lost.chunk_id AND c.status = 'verified' RETURNING c.run_id)
+        SELECT count(*) FILTER (WHERE opened.run_id = run), array_agg(DISTINCT opened.run_id) FILTER (WHERE opened.run_id <> run)
+        INTO reopened, others FROM opened;
+        IF others IS NOT NULL THEN
+            -- They have to be done again from their own sources, which may not be ours to read.
+            PERFORM dedup.set_run_status(o, '{done,reconciled,running,failed,paused}', 'running', 'run_reopened') FROM unnest(others) AS o;
+            PERFORM dedup.log_event(run, NULL, 'orphans_of_other_runs', jsonb_build_object('runs', others));
+            RAISE WARNING 'this run replaced the last rows that held contents of records which other runs dropped as duplicates: %', others
+                USING HINT = 'Resume those runs (pg-dedup-migrate run --resume), which writes the records, then this one.';
+        END IF;
         IF reopened > 0 THEN
             PERFORM dedup.log_event(run, NULL, 'orphan_pass', jsonb_build_object('chunks', reopened));
             RETURN dedup.set_run_status(run, '{created,running,failed}', 'running', 'run_resumed');
+        END IF;
+        IF others IS NOT NULL THEN
+            RETURN dedup.set_run_status(run, '{created,running,failed}', 'failed', 'run_finished');
         END IF;
     END IF;
     RETURN dedup.set_run_status(run, '{created,running,failed}', CASE WHEN failed_chunks > 0 THEN 'failed' ELSE 'done' END, 'run_finished');

@@ -9,6 +9,9 @@ COMMENT ON SEQUENCE dedup.events_event_id_seq IS 'order of dedup.events';
 COMMENT ON TRIGGER append_only ON dedup.events IS 'keeps the audit log append-only';
 COMMENT ON TRIGGER mark_filter_cold ON dedup.segment IS 'rows that come in past the extension are not in the filter';
 COMMENT ON TRIGGER mark_filter_cold ON dedup.segment_block IS 'rows that come in past the extension are not in the filter';
+COMMENT ON TRIGGER mark_filter_cold_row ON dedup.segment IS 'rows that logical replication applies are not in the filter';
+COMMENT ON TRIGGER keep_owner ON dedup.runs IS 'a run belongs to the role that created it';
+COMMENT ON TRIGGER keep_stored_sql ON dedup.run_tables IS 'what a run reads is said by its owner';
 
 -- For a DBA.
 COMMENT ON FUNCTION dedup.version() IS 'version of the loaded library';
@@ -30,6 +33,7 @@ COMMENT ON FUNCTION dedup.claim(uuid, text, bytea) IS 'takes the right to write 
 COMMENT ON FUNCTION dedup.resolve(uuid, text, bytea) IS 'waits for the transactions that hold pending content hashes; one verdict each: new (now ours) or duplicate';
 COMMENT ON FUNCTION dedup.upsert_staging(uuid, text) IS 'makes the temporary table that takes changed records; returns its name';
 COMMENT ON FUNCTION dedup.apply_upserts(uuid, text) IS 'replaces the rows under the staged records'' keys, before images kept; returns how many';
+COMMENT ON FUNCTION dedup.keep_rows(uuid, text, bytea) IS 'rows whose replacement was refused stay; answers their content digests';
 COMMENT ON FUNCTION dedup.delete_superseded(uuid, text, bytea) IS 'removes rows whose records now carry content that other rows hold, before images kept; returns how many';
 COMMENT ON FUNCTION dedup.finish_chunk(uuid, text, bigint[], bytea, bytea, bytea, jsonb) IS 'writes manifest and ledger, reads the written rows back and closes the books; returns the ordinal';
 COMMENT ON FUNCTION dedup.verify_keyless(uuid, int) IS 'compares what a run wrote into a table without a key with the table''s rows, by one scan; chunks become verified or failed; returns the rows missing or different';

@@ -4,6 +4,7 @@
 //! `finish_chunk` without a `begin_chunk` in the same transaction is refused: locks, claims and checks would be missing. A savepoint that is
 //! taken back takes the state back with it to what it was when the savepoint was first worked under, errors included.
 use std::cell::RefCell;
+use std::collections::HashSet;
 use std::rc::Rc;
 
 use pg_dedup_record::layout::Layout;
@@ -70,6 +71,23 @@ impl OpenChunk {
     /// Has the target no key to address rows by?
     pub fn keyless(&self) -> bool {
         self.layout.key.is_empty()
+    }
+
+    /// Rows that were to be replaced and are not: they leave `leaving`. Returns the digests of their contents, sorted.
+    ///
+    /// # Errors
+    /// 22023 for a key that is not among those to be replaced.
+    pub fn keep_rows(&mut self, keys: &[&[u8]]) -> Result<Vec<[u8; 32]>> {
+        let kept: HashSet<&[u8]> = keys.iter().copied().collect();
+        let (stay, leave): (Vec<_>, Vec<_>) =
+            self.leaving.iter().cloned().partition(|(_, key)| kept.contains(key.as_slice()));
+        if stay.len() != kept.len() {
+            return Err(Error::invalid("a key to be kept is not among those to be replaced"));
+        }
+        self.leaving = Rc::new(leave);
+        let mut digests: Vec<[u8; 32]> = stay.into_iter().map(|(digest, _)| digest).collect();
+        digests.dedup();
+        Ok(digests)
     }
 
     /// The target's name, quoted and qualified.

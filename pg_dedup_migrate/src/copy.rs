@@ -11,6 +11,7 @@ use pgrx::prelude::*;
 use pgrx::{PgTryBuilder, pg_guard, pg_sys};
 
 use crate::error::{Error, Result};
+use crate::keyset::qualified_name;
 
 unsafe extern "C-unwind" {
     /// From parser/parse_relation.h, which the bindings leave out.
@@ -49,29 +50,44 @@ pub fn attempt(
     // SAFETY: plain globals of this backend, restored below; the subtransaction is released or rolled back on every path.
     let (context, owner) = unsafe { (pg_sys::CurrentMemoryContext, pg_sys::CurrentResourceOwner) };
     // SAFETY: inside a transaction, not in a parallel worker.
-    unsafe {
-        pg_sys::BeginInternalSubTransaction(std::ptr::null());
-        pg_sys::CurrentMemoryContext = context;
-    }
-    let outcome =
-        PgTryBuilder::new(|| -> std::result::Result<Result<std::result::Result<(), Refused>>, _> {
-            let done = work().and_then(|()| Ok(Spi::run("SET CONSTRAINTS ALL IMMEDIATE")?));
-            Ok(done.map(Ok))
-        })
-        .catch_others(|caught| {
-            let report = match &caught {
-                pg_sys::panic::CaughtError::PostgresError(report)
-                | pg_sys::panic::CaughtError::ErrorReport(report)
-                | pg_sys::panic::CaughtError::RustPanic { ereport: report, .. } => report,
-            };
-            let sqlstate = sqlstate(report.sql_error_code());
-            if refuses_record(&sqlstate) {
-                Ok(Ok(Err(Refused { sqlstate, message: report.message().to_owned() })))
-            } else {
-                Err(caught)
+    unsafe { pg_sys::BeginInternalSubTransaction(std::ptr::null()) };
+    // What a refused COPY leaves behind goes with the attempt: there may be thousands of them in one call.
+    // SAFETY: a child of the caller's context, made current until the attempt is over.
+    let own = unsafe {
+        let own = pg_sys::AllocSetContextCreateExtended(
+            context,
+            c"dedup write attempt".as_ptr(),
+            pg_sys::ALLOCSET_DEFAULT_MINSIZE as usize,
+            pg_sys::ALLOCSET_DEFAULT_INITSIZE as usize,
+            pg_sys::ALLOCSET_DEFAULT_MAXSIZE as usize,
+        );
+        pg_sys::CurrentMemoryContext = own;
+        own
+    };
+    let outcome = PgTryBuilder::new(|| {
+        let done = work().and_then(|()| Ok(Spi::run("SET CONSTRAINTS ALL IMMEDIATE")?));
+        Ok(match done {
+            // Of our own errors this alone lies in a record: a row that must stay because of what points at it.
+            Err(error) if error.code() == PgSqlErrorCode::ERRCODE_FOREIGN_KEY_VIOLATION => {
+                Ok(Err(Refused { sqlstate: sqlstate(error.code()), message: error.to_string() }))
             }
+            done => done.map(Ok),
         })
-        .execute();
+    })
+    .catch_others(|caught| {
+        let report = match &caught {
+            pg_sys::panic::CaughtError::PostgresError(report)
+            | pg_sys::panic::CaughtError::ErrorReport(report)
+            | pg_sys::panic::CaughtError::RustPanic { ereport: report, .. } => report,
+        };
+        let sqlstate = sqlstate(report.sql_error_code());
+        if refuses_record(&sqlstate) {
+            Ok(Ok(Err(Refused { sqlstate, message: report.message().to_owned() })))
+        } else {
+            Err(caught)
+        }
+    })
+    .execute();
     FEED.with_borrow_mut(VecDeque::clear);
     // SAFETY: the subtransaction begun above is the current one.
     unsafe {
@@ -81,6 +97,7 @@ pub fn attempt(
         }
         pg_sys::CurrentMemoryContext = context;
         pg_sys::CurrentResourceOwner = owner;
+        pg_sys::MemoryContextDelete(own);
     }
     // Only now: whoever catches it, an exception block of PL/pgSQL say, takes back the subtransaction that it finds current.
     outcome.unwrap_or_else(|caught| caught.rethrow())
@@ -115,15 +132,18 @@ pub fn copy_in(table: pg_sys::Oid, layout: &Layout, batch: &Batch, rows: &[u32])
     // current context and outlive the COPY; the callback reads only FEED. As the server's own table synchronisation does it.
     unsafe {
         let relation = pg_sys::table_open(table, pg_sys::RowExclusiveLock as pg_sys::LOCKMODE);
+        may_copy_into(relation, table)?;
         let state = pg_sys::make_parsestate(std::ptr::null_mut());
-        addRangeTableEntryForRelation(
-            state,
-            relation,
-            pg_sys::RowExclusiveLock as c_int,
-            std::ptr::null_mut(),
-            false,
-            false,
-        );
+        pg_sys::ffi::pg_guard_ffi_boundary(|| {
+            addRangeTableEntryForRelation(
+                state,
+                relation,
+                pg_sys::RowExclusiveLock as c_int,
+                std::ptr::null_mut(),
+                false,
+                false,
+            )
+        });
         let mut names = std::ptr::null_mut();
         for column in &columns {
             names = pg_sys::lappend(names, pg_sys::makeString(pg_sys::pstrdup(column.as_ptr())).cast());
@@ -151,6 +171,31 @@ pub fn copy_in(table: pg_sys::Oid, layout: &Layout, batch: &Batch, rows: &[u32])
         pg_sys::CommandCounterIncrement();
         Ok(written)
     }
+}
+
+/// What the COPY command checks before it calls the code we call: the privilege, row security, and that it is no system catalog.
+///
+/// # Safety
+/// `relation` is the open relation with oid `table`.
+unsafe fn may_copy_into(relation: pg_sys::Relation, table: pg_sys::Oid) -> Result<()> {
+    let denied = |message: String| Error::new(PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE, message);
+    let name = qualified_name(table);
+    // SAFETY: catalog look-ups about an open relation, by the caller's promise.
+    let (granted, row_security, system) = unsafe {
+        (
+            pg_sys::pg_class_aclcheck(table, pg_sys::GetUserId(), pg_sys::ACL_INSERT.into()),
+            pg_sys::check_enable_rls(table, pg_sys::InvalidOid, true),
+            pg_sys::IsSystemRelation(relation),
+        )
+    };
+    if granted != pg_sys::AclResult::ACLCHECK_OK || system {
+        return Err(denied(format!("permission denied for table {name}")));
+    }
+    if row_security == pg_sys::CheckEnableRlsResult::RLS_ENABLED as i32 {
+        return Err(denied(format!("row security is active on {name}"))
+            .hint("use a role with BYPASSRLS or the owner: a hidden row cannot be verified"));
+    }
+    Ok(())
 }
 
 /// COPY asks for between `min` and `max` bytes; fewer than `min` is the end.

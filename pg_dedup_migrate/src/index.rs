@@ -1,8 +1,7 @@
-//! The hash index as SQL sees it: looking contents up, listing entries, figures, warming the filter, indexing rows that
-//! stood in a table already.
+//! The hash index as SQL sees it: looking contents up, listing entries, figures, warming the filter.
 use std::collections::HashMap;
 
-use pg_dedup_record::block::{BlockView, Entry, Stamp};
+use pg_dedup_record::block::BlockView;
 use pg_dedup_record::digest::Digest;
 use pg_dedup_record::layout::Layout;
 use pgrx::pg_sys::panic::ErrorReport;
@@ -11,11 +10,10 @@ use pgrx::{JsonB, PgRelation, Uuid, pg_sys};
 
 use crate::chunk::{self, required};
 use crate::error::{Error, Result};
-use crate::hash::rows;
-use crate::keyset::{KeyTypes, column_list, qualified_name};
+use crate::keyset::{KeyTypes, qualified_name};
 use crate::lookup::{self, Place};
 use crate::relation::{Access, Snapshot, Table};
-use crate::segment::{self, BlockReader, SegmentWriter, next_number};
+use crate::segment::{self, BlockReader};
 use crate::shmem::{self, claims, filter, warmth};
 
 /// A row of `dedup.targets`.
@@ -103,10 +101,9 @@ impl Target {
     /// Where a digest stands now, newest first.
     fn places(&self, digest: &[u8; 32]) -> Result<Vec<Place>> {
         let places = lookup::places(self.id, &[*digest], &[0], &Snapshot::latest())?;
-        let places = places.into_iter().next().map(|(_, p)| p).unwrap_or_default();
-        let mut standing: Vec<Place> = lookup::standing(&places).cloned().collect();
-        standing.sort_by_key(|p| std::cmp::Reverse(p.ordinal));
-        Ok(standing)
+        let mut places = places.into_iter().next().map(|(_, p)| p).unwrap_or_default();
+        places.sort_by_key(|p| std::cmp::Reverse(p.ordinal));
+        Ok(places)
     }
 }
 
@@ -336,158 +333,6 @@ fn mark_filter_cold<'a>(
     Ok(None::<PgHeapTuple<'a, pgrx::AllocatedByPostgres>>)
 }
 
-/// `dedup.index_existing`: hashes the rows that stand in a target into its index; returns the entries added. Rows that are indexed already
-/// are left alone.
-///
-/// # Errors
-/// 42704 when the table is no target yet, 55000 when the library is not preloaded.
-#[pg_extern(volatile, parallel_unsafe, strict)]
-fn index_existing(target: PgRelation) -> Result<i64, ErrorReport> {
-    let target = Target::of(target.oid())?;
-    shmem::attached()?;
-    lock_exclusively(&target)?;
-    Ok(index_rows(&target)?)
-}
-
-/// `dedup.reindex_target`: drops a target's entries and hashes its rows anew, whatever happened to them; returns the entries.
-///
-/// # Errors
-/// As [`index_existing`].
-#[pg_extern(volatile, parallel_unsafe, strict)]
-fn reindex_target(target: PgRelation) -> Result<i64, ErrorReport> {
-    let target = Target::of(target.oid())?;
-    shmem::attached()?;
-    lock_exclusively(&target)?;
-    drop_entries(target.id)?;
-    Spi::run_with_args(
-        "UPDATE dedup.targets SET filenodes = dedup.leaf_filenodes(target) WHERE target_id = $1",
-        &[target.id.into()],
-    )
-    .map_err(Error::from)?;
-    Ok(index_rows(&target)?)
-}
-
-/// `dedup.forget_target`: drops a target's entries; its rows stay. Returns the segments dropped.
-///
-/// # Errors
-/// 42704 when the table has no index.
-#[pg_extern(volatile, parallel_unsafe, strict)]
-fn forget_target(target: PgRelation) -> Result<i64, ErrorReport> {
-    let target = Target::of(target.oid())?;
-    lock_exclusively(&target)?;
-    let segments = drop_entries(target.id)?;
-    Spi::run_with_args(
-        "UPDATE dedup.targets SET filenodes = dedup.leaf_filenodes(target), indexed_at = NULL WHERE target_id = $1",
-        &[target.id.into()],
-    )
-    .map_err(Error::from)?;
-    Spi::run_with_args(
-        "SELECT dedup.log_event(NULL, NULL, 'target_forgotten', pg_catalog.jsonb_build_object('target', $1::pg_catalog.text))",
-        &[qualified_name(target.table).into()],
-    )
-    .map_err(Error::from)?;
-    Ok(segments)
-}
-
-fn lock_exclusively(target: &Target) -> Result<()> {
-    Ok(Spi::run_with_args(
-        "SELECT pg_catalog.pg_advisory_xact_lock(dedup.lock_class(), $1)",
-        &[target.id.into()],
-    )?)
-}
-
-fn drop_entries(target_id: i32) -> Result<i64> {
-    Spi::run_with_args(
-        "DELETE FROM dedup.segment_block WHERE segment_id IN (SELECT segment_id FROM dedup.segment WHERE target_id = $1)",
-        &[target_id.into()],
-    )?;
-    Spi::connect_mut(|client| {
-        Ok(client.update("DELETE FROM dedup.segment WHERE target_id = $1", None, &[target_id.into()])?.len()
-            as i64)
-    })
-}
-
-/// One entry of a batch being indexed.
-struct Indexed {
-    digest: Digest,
-    row_digest: [u8; 8],
-    key: Vec<u8>,
-}
-
-fn index_rows(target: &Target) -> Result<i64> {
-    /// Entries are sorted and written in batches of this many; memory about 100 bytes each.
-    const BATCH: usize = 1_000_000;
-    let query =
-        format!("SELECT {} FROM {} AS t", column_list(&target.layout, "t"), qualified_name(target.table));
-    let ordinal = next_number("ordinal_seq")?;
-    Spi::run_with_args(
-        "INSERT INTO dedup.ordinals (ordinal, target_id) VALUES ($1, $2)",
-        &[ordinal.into(), target.id.into()],
-    )?;
-    let mut batch: Vec<Indexed> = Vec::new();
-    let mut added = 0;
-    rows::scan(&query, &[], &target.layout, 0, |row| {
-        let digests = row.digests()?;
-        let mut row_digest = [0; 8];
-        row_digest.copy_from_slice(&digests.row.as_bytes()[..8]);
-        let mut key = Vec::new();
-        row.write_key(&mut key)?;
-        batch.push(Indexed { digest: digests.content, row_digest, key });
-        if batch.len() == BATCH {
-            added += write_batch(target, ordinal, &mut batch)?;
-        }
-        Ok(())
-    })?;
-    added += write_batch(target, ordinal, &mut batch)?;
-    Spi::run_with_args(
-        "UPDATE dedup.targets SET indexed_at = pg_catalog.clock_timestamp(), filenodes = dedup.leaf_filenodes(target) WHERE target_id = $1",
-        &[target.id.into()],
-    )?;
-    Spi::run_with_args(
-        "SELECT dedup.log_event(NULL, NULL, 'target_indexed', \
-         pg_catalog.jsonb_build_object('target', $1::pg_catalog.text, 'entries', $2::pg_catalog.int8))",
-        &[qualified_name(target.table).into(), added.into()],
-    )?;
-    Ok(added)
-}
-
-/// Writes a batch as one segment, without what the index has already, and sets its filter bits before the commit.
-fn write_batch(target: &Target, ordinal: i64, batch: &mut Vec<Indexed>) -> Result<i64> {
-    batch.sort_unstable_by(|a, b| (&a.digest, &a.key).cmp(&(&b.digest, &b.key)));
-    let mut digests: Vec<[u8; 32]> = batch.iter().map(|e| *e.digest.as_bytes()).collect();
-    digests.dedup();
-    let wanted: Vec<u32> = (0..digests.len() as u32).collect();
-    let snapshot = Snapshot::latest();
-    let known: HashMap<u32, Vec<Place>> =
-        lookup::places(target.id, &digests, &wanted, &snapshot)?.into_iter().collect();
-    let blocks = Table::open("segment_block", Access::Insert)?;
-    let segments = Table::open("segment", Access::Insert)?;
-    let mut writer = SegmentWriter::new(&blocks, target.id, 0)?;
-    let mut added = 0;
-    let mut group = 0u32;
-    for entry in batch.iter() {
-        while &digests[group as usize] != entry.digest.as_bytes() {
-            group += 1;
-        }
-        let stands =
-            known.get(&group).is_some_and(|places| lookup::standing(places).any(|p| p.key == entry.key));
-        if !stands {
-            let stamp = Stamp { ordinal: ordinal as u64, tombstone: false };
-            writer.push(&Entry {
-                digest: entry.digest,
-                stamp,
-                row_digest: entry.row_digest,
-                key: &entry.key,
-            })?;
-            added += 1;
-        }
-    }
-    filter::set_sorted(chunk::scope(target.id), digests.iter(), &mut Vec::new())?;
-    writer.finish(&segments)?;
-    batch.clear();
-    Ok(added)
-}
-
 /// `dedup.key_text`: a packed key as `column=value&…`; NULL for an empty one.
 ///
 /// # Errors
@@ -531,7 +376,7 @@ fn ledger_entries(
         while &digests[group as usize] != entry.digest.as_bytes() {
             group += 1;
         }
-        let survivor = places.get(&group).and_then(|p| lookup::standing(p).max_by_key(|p| p.ordinal));
+        let survivor = places.get(&group).and_then(|p| p.iter().max_by_key(|p| p.ordinal));
         rows.push((
             entry.digest.as_bytes().to_vec(),
             (!target.layout.key.is_empty()).then(|| target.key_types.query_string(entry.key)).transpose()?,

@@ -20,6 +20,7 @@ mod finish;
 mod guc;
 mod hash;
 mod index;
+mod indexing;
 mod keyless;
 mod keyset;
 mod local;

@@ -158,16 +158,30 @@ impl Writer<'_> {
         let verdicts = claim::claim(self.chunk, claim::digests_of(&digests)?)?;
         self.chunk.claimed = true;
         self.fold.claimed(&packed(&verdicts))?;
-        // Upserts draw the ordinal, which comes after every claim: new rows only, before pending digests are resolved.
-        self.write(&[Way::Insert])?;
-        let pending = self.fold.digests_to_resolve();
-        if !pending.is_empty() {
-            let verdicts = claim::resolve(self.chunk, claim::digests_of(&pending)?)?;
-            self.fold.resolved(&packed(&verdicts))?;
+        if self.fold.replaces() {
+            // What becomes of the rows to be replaced decides whether their old contents may be written elsewhere. Upserts draw the ordinal,
+            // which comes after every claim.
+            self.resolve()?;
+            self.write(&[Way::Upsert])?;
+            let kept = self.fold.refused_replacements()?;
+            let keys: Vec<&[u8]> =
+                wire::keys(&kept).collect::<std::result::Result<_, _>>().map_err(FoldError::from)?;
+            self.fold.stay(self.chunk.keep_rows(&keys)?.as_flattened());
         }
+        self.write(&[Way::Insert])?;
+        self.resolve()?;
         self.write(&[Way::Insert, Way::Upsert])?;
         let superseded = self.fold.settle()?;
         self.remove(&superseded)
+    }
+
+    fn resolve(&mut self) -> Result<()> {
+        let pending = self.fold.digests_to_resolve();
+        if pending.is_empty() {
+            return Ok(());
+        }
+        let verdicts = claim::resolve(self.chunk, claim::digests_of(&pending)?)?;
+        Ok(self.fold.resolved(&packed(&verdicts))?)
     }
 
     /// Removes the rows of superseded records. Where one cannot go (a foreign key points at it), the record is set aside.

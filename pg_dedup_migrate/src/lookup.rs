@@ -169,7 +169,7 @@ pub fn present(
     }
     for (i, places) in places(target, digests, wanted, snapshot)? {
         let digest = &digests[i as usize];
-        found[i as usize] = standing(&places).any(|p| !is_leaving(leaving, digest, &p.key));
+        found[i as usize] = places.iter().any(|p| !is_leaving(leaving, digest, &p.key));
     }
     Ok(found)
 }
@@ -178,7 +178,8 @@ fn is_leaving(leaving: &[([u8; 32], Vec<u8>)], digest: &[u8; 32], key: &[u8]) ->
     leaving.binary_search_by(|(d, k)| (d, k.as_slice()).cmp(&(digest, key))).is_ok()
 }
 
-/// Every place of each wanted digest that has any, tombstones included, in ascending order of digest.
+/// Where each wanted digest stands now, if anywhere: for each key its highest ordinal, unless that is a tombstone. Ascending by digest, places by
+/// key.
 ///
 /// # Errors
 /// As [`for_each_hit`].
@@ -211,15 +212,21 @@ pub fn places_since(
         });
         Ok(ControlFlow::Continue(()))
     })?;
-    Ok(all.into_iter().collect())
+    let mut all: Vec<(u32, Vec<Place>)> = all.into_iter().collect();
+    for (_, places) in &mut all {
+        pgrx::check_for_interrupts!();
+        keep_standing(places);
+    }
+    all.retain(|(_, places)| !places.is_empty());
+    Ok(all)
 }
 
-/// The places where a digest stands now: for each key its highest ordinal, unless that is a tombstone.
-pub fn standing(places: &[Place]) -> impl Iterator<Item = &Place> {
-    places.iter().filter(|p| {
-        !p.tombstone
-            && !places
-                .iter()
-                .any(|other| other.key == p.key && (other.ordinal, !other.tombstone) > (p.ordinal, true))
-    })
+/// Keeps of each key the last word, unless it is a tombstone. Of equal ordinals the entry is it: the row was rewritten with the same content.
+fn keep_standing(places: &mut Vec<Place>) {
+    places.sort_unstable_by(|a, b| (&a.key, a.ordinal, !a.tombstone).cmp(&(&b.key, b.ordinal, !b.tombstone)));
+    // From behind, so that the last of each key is met first.
+    places.reverse();
+    places.dedup_by(|earlier, last| earlier.key == last.key);
+    places.retain(|place| !place.tombstone);
+    places.reverse();
 }

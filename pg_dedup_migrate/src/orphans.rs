@@ -15,7 +15,8 @@ use crate::lookup;
 use crate::relation::{Access, Snapshot, Table};
 use crate::segment::{self, BlockReader};
 
-/// `dedup.orphans`: chunks of a run whose ledger names contents that stand nowhere any more, and how many.
+/// `dedup.orphans`: chunks, of every standing run on the targets of this one, whose ledger names contents that were retracted and stand
+/// nowhere any more, and how many records each.
 ///
 /// # Errors
 /// XX001 for a damaged block, 42501 without SELECT on dedup's tables.
@@ -23,7 +24,10 @@ use crate::segment::{self, BlockReader};
 #[allow(clippy::type_complexity)] // the macro reads the columns from the type
 fn orphans(
     run: Uuid,
-) -> Result<TableIterator<'static, (name!(chunk_id, String), name!(records, i64))>, ErrorReport> {
+) -> Result<
+    TableIterator<'static, (name!(run_id, Uuid), name!(chunk_id, String), name!(records, i64))>,
+    ErrorReport,
+> {
     let targets: Vec<i32> = Spi::connect(|client| -> Result<Vec<i32>> {
         client
             .select("SELECT DISTINCT target_id FROM dedup.run_tables WHERE run_id = $1", None, &[run.into()])?
@@ -35,7 +39,7 @@ fn orphans(
     for target in targets {
         let gone = vanished(target)?;
         if !gone.is_empty() {
-            found.extend(losers(run, target, &gone)?);
+            found.extend(losers(target, &gone)?);
         }
     }
     Ok(TableIterator::new(found))
@@ -62,14 +66,15 @@ fn vanished(target: i32) -> Result<HashSet<[u8; 32]>> {
     Ok(retracted.into_iter().zip(present).filter(|(_, present)| !present).map(|(digest, _)| digest).collect())
 }
 
-/// Chunks of the run whose ledger lines name one of these contents.
-fn losers(run: Uuid, target: i32, gone: &HashSet<[u8; 32]>) -> Result<Vec<(String, i64)>> {
+/// Chunks whose ledger lines name one of these contents. Runs that were given up or rolled back have no claim on their losers.
+fn losers(target: i32, gone: &HashSet<[u8; 32]>) -> Result<Vec<(Uuid, String, i64)>> {
     Spi::connect(|client| {
-        let mut chunks: Vec<(String, i64)> = Vec::new();
+        let mut chunks: Vec<(Uuid, String, i64)> = Vec::new();
         let mut cursor = client.open_cursor(
-            "SELECT o.chunk_id, l.entries FROM dedup.ordinals AS o JOIN dedup.ledger_block AS l USING (ordinal) \
-             WHERE o.run_id = $1 AND l.target_id = $2 ORDER BY o.chunk_id",
-            &[run.into(), target.into()],
+            "SELECT o.run_id, o.chunk_id, l.entries FROM dedup.ledger_block AS l JOIN dedup.ordinals AS o USING (ordinal) \
+             JOIN dedup.runs AS r ON r.run_id = o.run_id \
+             WHERE l.target_id = $1 AND r.status NOT IN ('cancelled', 'rolled_back') ORDER BY o.run_id, o.chunk_id",
+            &[target.into()],
         );
         loop {
             let rows = cursor.fetch(64)?;
@@ -77,6 +82,7 @@ fn losers(run: Uuid, target: i32, gone: &HashSet<[u8; 32]>) -> Result<Vec<(Strin
                 return Ok(chunks);
             }
             for row in rows {
+                let run: Uuid = required(row["run_id"].value()?)?;
                 let chunk: String = required(row["chunk_id"].value()?)?;
                 let entries: Vec<u8> = required(row["entries"].value()?)?;
                 let view = BlockView::parse(&entries)
@@ -84,8 +90,8 @@ fn losers(run: Uuid, target: i32, gone: &HashSet<[u8; 32]>) -> Result<Vec<(Strin
                 let lost = view.digests().iter().filter(|d| gone.contains(*d)).count() as i64;
                 match chunks.last_mut() {
                     _ if lost == 0 => {}
-                    Some((last, count)) if *last == chunk => *count += lost,
-                    _ => chunks.push((chunk, lost)),
+                    Some((last_run, last, count)) if (*last_run, &*last) == (run, &chunk) => *count += lost,
+                    _ => chunks.push((run, chunk, lost)),
                 }
             }
         }

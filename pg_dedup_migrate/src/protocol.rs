@@ -1,4 +1,5 @@
 //! The claim step of the worker protocol as SQL functions; packed arguments are described in docs/protocol.md.
+use pg_dedup_record::wire;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use pgrx::{JsonB, Uuid};
@@ -44,6 +45,20 @@ fn resolve(run: Uuid, chunk_id: &str, digests: &[u8]) -> Result<Vec<u8>, ErrorRe
         claim::resolve(chunk, claim::digests_of(digests)?)
     })?;
     Ok(packed(&verdicts))
+}
+
+/// `dedup.keep_rows`: rows that `match_keys` called changed and whose replacement was refused stay as they are; answers their content digests,
+/// sorted, one a key. Records with these contents are duplicates of them.
+///
+/// # Errors
+/// 22023 for keys that `match_keys` did not call changed, 55000 without an open chunk.
+#[pg_extern(volatile, parallel_unsafe)]
+fn keep_rows(run: Uuid, chunk_id: &str, keys: &[u8]) -> Result<Vec<u8>, ErrorReport> {
+    Ok(chunk::with_open(run, chunk_id, |chunk| {
+        let keys = wire::keys(keys).collect::<std::result::Result<Vec<_>, _>>();
+        let keys = keys.map_err(|e| Error::invalid(format!("malformed keys: {e}")))?;
+        Ok(chunk.keep_rows(&keys)?.as_flattened().to_vec())
+    })?)
 }
 
 /// `dedup.target_layout`: columns in COPY order with their canonical form, and which are content, key and rest.

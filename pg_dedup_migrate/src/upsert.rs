@@ -183,7 +183,7 @@ fn written_by_this_pass<'k>(
         let digest = &digests[i as usize];
         let start = found.partition_point(|(d, _)| d < digest);
         for &(_, n) in found[start..].iter().take_while(|(d, _)| d == digest) {
-            let place = lookup::standing(&places).find(|p| p.key == key_of(n));
+            let place = places.iter().find(|p| p.key == key_of(n));
             written.extend(
                 place.and_then(|p| ordinals.get(&p.ordinal)).map(|&by_this_chunk| (n, by_this_chunk)),
             );

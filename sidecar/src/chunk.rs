@@ -59,13 +59,19 @@ pub async fn write_chunk(context: &ChunkContext<'_>, read: &ReadChunk) -> Result
 
     let mut writer = Writer { context, calls, fold, read, parked: Vec::new() };
     writer.check_budget()?;
+    if writer.fold.replaces() {
+        // What becomes of the rows to be replaced decides whether their old contents may be written elsewhere.
+        writer.resolve().await?;
+        writer.write(Way::Upsert).await?;
+        let kept = writer.fold.refused_replacements()?;
+        if !kept.is_empty() {
+            let contents = calls.keep_rows(&kept).await?;
+            writer.fold.stay(&contents);
+        }
+    }
     writer.write(Way::Insert).await?;
     failpoint::reach(Failpoint::Copied).await;
-    let pending = writer.fold.digests_to_resolve();
-    if !pending.is_empty() {
-        let verdicts = calls.resolve(&pending).await?;
-        writer.fold.resolved(&verdicts)?;
-    }
+    writer.resolve().await?;
     failpoint::reach(Failpoint::Resolved).await;
     writer.write_the_rest().await?;
     let mut fold = writer.fold;
@@ -107,6 +113,16 @@ struct Writer<'a> {
 }
 
 impl Writer<'_> {
+    /// Waits for those who may be writing contents of this chunk.
+    async fn resolve(&mut self) -> Result<()> {
+        let pending = self.fold.digests_to_resolve();
+        if pending.is_empty() {
+            return Ok(());
+        }
+        let verdicts = self.calls.resolve(&pending).await?;
+        Ok(self.fold.resolved(&verdicts)?)
+    }
+
     /// Writes in both ways until nobody is left who can be written.
     async fn write_the_rest(&mut self) -> Result<()> {
         loop {

@@ -151,6 +151,12 @@ impl ChunkCalls<'_> {
         row.and_then(|row| row.try_get(0)).at(Side::Target, "begin_chunk")
     }
 
+    /// Rows to be replaced that stay as they are; answers their contents' digests.
+    pub async fn keep_rows(&self, keys: &[u8]) -> Result<Vec<u8>> {
+        let sql = "SELECT dedup.keep_rows($1::uuid, $2::text, $3::bytea)";
+        call(self.session, "keep_rows", sql, &[&self.run, &self.chunk_id, &keys]).await
+    }
+
     /// What stands under each key.
     pub async fn match_keys(&self, keys: &[u8], row_digests: &[u8]) -> Result<Vec<u8>> {
         let sql = "SELECT dedup.match_keys($1::uuid, $2::text, $3::bytea, $4::bytea)";

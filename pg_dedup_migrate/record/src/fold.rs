@@ -178,6 +178,8 @@ pub struct Fold<'a> {
     /// Groups that still look for a member that can be written.
     writing: Vec<u32>,
     refused: Vec<Refused>,
+    /// How many of them `refused_replacements` has looked at.
+    replacements_asked: usize,
     /// Rows that share their key with another; found when first asked for.
     repeated: OnceLock<HashSet<u32>>,
 }
@@ -204,6 +206,7 @@ impl<'a> Fold<'a> {
             asked: Vec::new(),
             writing: Vec::new(),
             refused: Vec::new(),
+            replacements_asked: 0,
             repeated: OnceLock::new(),
         };
         if !keyless {
@@ -400,6 +403,41 @@ impl<'a> Fold<'a> {
         }
         self.outcomes[row as usize] = Outcome::Quarantined;
         self.refused.push(Refused { row, refusal });
+    }
+
+    /// Whether rows of the target are to be replaced. Their refusals have to be known before anything else is written.
+    pub fn replaces(&self) -> bool {
+        self.keys.contains(&Key::Changed)
+    }
+
+    /// Packed keys of the rows whose replacement was refused since this was last asked: they stay as they are.
+    pub fn refused_replacements(&mut self) -> Result<Vec<u8>> {
+        let mut keys = Vec::new();
+        for refused in &self.refused[self.replacements_asked..] {
+            if self.keys[refused.row as usize] == Key::Changed {
+                encode_key(self.key(refused.row), &mut keys)?;
+            }
+        }
+        self.replacements_asked = self.refused.len();
+        Ok(keys)
+    }
+
+    /// Contents that stand in the target after all: their records are duplicates.
+    pub fn stay(&mut self, digests: &[u8]) {
+        for digest in digests.as_chunks::<32>().0 {
+            let mut found = 0..self.groups.len();
+            while !found.is_empty() {
+                let middle = found.start + found.len() / 2;
+                match self.groups.digest(middle).0.cmp(digest) {
+                    std::cmp::Ordering::Less => found.start = middle + 1,
+                    std::cmp::Ordering::Greater => found.end = middle,
+                    std::cmp::Ordering::Equal => {
+                        self.states[middle] = GroupState::Standing;
+                        break;
+                    }
+                }
+            }
+        }
     }
 
     /// The records refused so far.
