@@ -208,7 +208,6 @@ DECLARE
     limit_attempts int := COALESCE(((dedup.run_row(run)).options OPERATOR(pg_catalog.->>) 'max_attempts')::pg_catalog.int4, 5);
     attempt int;
     again bool;
-    moved bool;
     message text;
     state text;
     hint text;
@@ -221,7 +220,6 @@ BEGIN
         COMMIT;
     END IF;
     LOOP
-        moved := false;
         FOR chunk IN SELECT c.chunk_id FROM dedup.checkpoints AS c JOIN dedup.run_tables AS t USING (run_id, table_id)
                      WHERE c.run_id OPERATOR(pg_catalog.=) run AND c.status OPERATOR(pg_catalog.=) 'pending'
                      ORDER BY pg_catalog.cardinality(t.depends_on), c.chunk_no
@@ -235,39 +233,32 @@ BEGIN
                 again := false;
                 BEGIN
                     PERFORM dedup.migrate_chunk(run, chunk);
-                    moved := true;
-                EXCEPTION
-                    WHEN object_in_use THEN
-                        NULL;
-                    WHEN OTHERS THEN
-                        GET STACKED DIAGNOSTICS state = RETURNED_SQLSTATE, message = MESSAGE_TEXT, hint = PG_EXCEPTION_HINT;
-                        message := dedup.without_values(state, message);
-                        again := state OPERATOR(pg_catalog.=) ANY ('{40P01,40001,55P03}'::pg_catalog.text[]) AND attempt OPERATOR(pg_catalog.<) limit_attempts;
-                        IF again THEN
-                            PERFORM dedup.log_event(run, chunk, 'chunk_retried', pg_catalog.jsonb_build_object('sqlstate', state, 'message', message));
-                        ELSE
-                            UPDATE dedup.checkpoints AS c SET status = 'failed', attempts = c.attempts OPERATOR(pg_catalog.+) attempt,
-                                error_sqlstate = state, error_message = message, error_hint = hint
-                            WHERE c.run_id OPERATOR(pg_catalog.=) run AND c.chunk_id OPERATOR(pg_catalog.=) chunk AND c.status OPERATOR(pg_catalog.=) 'pending';
-                            IF FOUND THEN
-                                moved := true;
-                                PERFORM dedup.log_event(run, chunk, 'chunk_failed', pg_catalog.jsonb_build_object('sqlstate', state, 'message', message));
-                            END IF;
+                EXCEPTION WHEN OTHERS THEN
+                    GET STACKED DIAGNOSTICS state = RETURNED_SQLSTATE, message = MESSAGE_TEXT, hint = PG_EXCEPTION_HINT;
+                    message := dedup.without_values(state, message);
+                    again := attempt OPERATOR(pg_catalog.<) limit_attempts AND state OPERATOR(pg_catalog.=) ANY ('{40P01,40001,55P03,55006}'::pg_catalog.text[])
+                        AND EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id OPERATOR(pg_catalog.=) run AND c.chunk_id OPERATOR(pg_catalog.=) chunk
+                                    AND c.status OPERATOR(pg_catalog.=) 'pending');
+                    IF again THEN
+                        PERFORM dedup.log_event(run, chunk, 'chunk_retried', pg_catalog.jsonb_build_object('sqlstate', state, 'message', message));
+                    ELSE
+                        UPDATE dedup.checkpoints AS c SET status = 'failed', attempts = c.attempts OPERATOR(pg_catalog.+) attempt,
+                            error_sqlstate = state, error_message = message, error_hint = hint
+                        WHERE c.run_id OPERATOR(pg_catalog.=) run AND c.chunk_id OPERATOR(pg_catalog.=) chunk AND c.status OPERATOR(pg_catalog.=) 'pending';
+                        IF FOUND THEN
+                            PERFORM dedup.log_event(run, chunk, 'chunk_failed', pg_catalog.jsonb_build_object('sqlstate', state, 'message', message));
                         END IF;
+                    END IF;
                 END;
                 COMMIT;
                 EXIT WHEN NOT again;
                 PERFORM pg_catalog.pg_sleep(pg_catalog.random() OPERATOR(pg_catalog.*) 0.2::pg_catalog.float8 OPERATOR(pg_catalog.*) attempt::pg_catalog.float8);
             END LOOP;
         END LOOP;
-        -- The orphan pass may have opened chunks again. What others hold, they end.
+        -- The orphan pass may have opened chunks again, workers may have given some back. What others hold, they end.
         EXIT WHEN dedup.complete_run(run) OPERATOR(pg_catalog.<>) 'running'
             OR NOT EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id OPERATOR(pg_catalog.=) run AND c.status OPERATOR(pg_catalog.=) 'pending');
         COMMIT;
-        -- Every chunk that is left is held: there is nothing to do but to look again.
-        IF NOT moved THEN
-            PERFORM pg_catalog.pg_sleep(0.5);
-        END IF;
     END LOOP;
     COMMIT;
 END $$;

@@ -31,7 +31,7 @@ COMMENT ON FUNCTION dedup.begin_chunk(uuid, text, uuid) IS 'opens a leased chunk
 COMMENT ON FUNCTION dedup.match_keys(uuid, text, bytea, bytea) IS 'locks the rows under these keys and says of each: absent, unchanged, changed, collision, delivered again, or written by this chunk before';
 COMMENT ON FUNCTION dedup.claim(uuid, text, bytea) IS 'takes the right to write these content hashes; one verdict each: new, duplicate or pending';
 COMMENT ON FUNCTION dedup.resolve(uuid, text, bytea) IS 'waits for the transactions that hold pending content hashes; one verdict each: new (now ours) or duplicate';
-COMMENT ON FUNCTION dedup.upsert_staging(uuid, text) IS 'makes the temporary table that takes changed records; returns its name';
+COMMENT ON FUNCTION dedup.upsert_staging(uuid, text) IS 'the empty temporary table that takes changed records, made once a transaction; returns its name';
 COMMENT ON FUNCTION dedup.apply_upserts(uuid, text) IS 'replaces the rows under the staged records'' keys, before images kept; returns how many';
 COMMENT ON FUNCTION dedup.keep_rows(uuid, text, bytea) IS 'rows whose replacement was refused stay; answers their content digests';
 COMMENT ON FUNCTION dedup.delete_superseded(uuid, text, bytea) IS 'removes rows whose records now carry content that other rows hold, before images kept; returns how many';

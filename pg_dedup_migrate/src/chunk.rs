@@ -49,6 +49,8 @@ pub struct OpenChunk {
     pub standing: Standing,
     /// `claim` was called: it is called once a chunk.
     pub claimed: bool,
+    /// `finish_chunk` closed its books: only then may the transaction commit.
+    pub finished: bool,
     /// What a call in a subtransaction may have changed is undone with it: this is where the state was changed last.
     changed_in: pg_sys::SubTransactionId,
 }
@@ -155,6 +157,29 @@ fn subtransaction() -> pg_sys::SubTransactionId {
     unsafe { pg_sys::GetCurrentSubTransactionId() }
 }
 
+fn unfinished() -> Option<String> {
+    OPEN.with_borrow(|open| open.as_ref().filter(|c| c.claimed && !c.finished).map(|c| c.chunk_id.clone()))
+}
+
+/// Rows that were claimed and written without a manifest would be nobody's: neither in the index nor in the books.
+fn refuse_unfinished() {
+    if let Some(chunk) = unfinished() {
+        let report: ErrorReport = Error::state(format!("chunk {chunk} was claimed and not finished"))
+            .hint("call dedup.finish_chunk before COMMIT, or ROLLBACK")
+            .into();
+        report.report(pgrx::PgLogLevel::ERROR);
+    }
+}
+
+/// A prepared transaction would outlive the backend that knows its chunk.
+fn refuse_prepare() {
+    if OPEN.with_borrow(Option::is_some) {
+        let report: ErrorReport =
+            Error::unsupported("cannot PREPARE a transaction with an open chunk").into();
+        report.report(pgrx::PgLogLevel::ERROR);
+    }
+}
+
 /// The transaction has ended.
 fn forget() {
     OPEN.set(None);
@@ -204,6 +229,8 @@ fn open(chunk: OpenChunk) {
         return;
     }
     // pgrx drops these registrations itself at the end of the transaction.
+    register_xact_callback(PgXactCallbackEvent::PreCommit, refuse_unfinished);
+    register_xact_callback(PgXactCallbackEvent::PrePrepare, refuse_prepare);
     register_xact_callback(PgXactCallbackEvent::Commit, forget);
     register_xact_callback(PgXactCallbackEvent::Abort, forget);
     register_subxact_callback(PgSubXactCallbackEvent::AbortSub, |mine, _| undo(mine));
@@ -226,6 +253,9 @@ fn begin_chunk(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool, ErrorRepo
 /// As there.
 pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
     shmem::attached()?;
+    if let Some(open) = unfinished() {
+        return Err(Error::state(format!("chunk {open} is still open")).hint("finish it first, or ROLLBACK"));
+    }
     let chunk = Spi::connect_mut(|client| -> Result<OpenChunk> {
         let found = client
             .update(
@@ -280,6 +310,7 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
             leaving: Rc::default(),
             standing: Standing::default(),
             claimed: false,
+            finished: false,
             changed_in: subtransaction(),
         })
     })?;
@@ -307,6 +338,8 @@ fn lock_index(target_id: i32, chunk: &OpenChunk) -> Result<()> {
         "SELECT pg_catalog.pg_advisory_xact_lock_shared(dedup.lock_class(), $1)",
         &[target_id.into()],
     )?;
+    // ONLY: a partitioned table's leaves may be more than the lock table holds; COPY locks those it writes to.
+    Spi::run(&format!("LOCK TABLE ONLY {} IN ROW EXCLUSIVE MODE", chunk.target_name()))?;
     Spi::run_with_args("SELECT dedup.check_filenodes($1)", &[target_id.into()])?;
     let names =
         |indexes: &[usize]| indexes.iter().map(|&i| chunk.layout.columns[i].name.clone()).collect::<Vec<_>>();

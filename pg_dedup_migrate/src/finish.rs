@@ -126,6 +126,7 @@ pub fn finish(
         read_back(chunk, &written, &manifest)?;
     }
     close_books(chunk, books, ordinal, info)?;
+    chunk.finished = true;
     Ok(ordinal)
 }
 

@@ -30,6 +30,7 @@ struct SourceSpec {
     select: Vec<String>,
     key: Vec<String>,
     key_types: Vec<String>,
+    key_nullable: Vec<bool>,
     #[serde(rename = "where")]
     filter: Option<String>,
 }
@@ -110,8 +111,13 @@ fn read(chunk: &OpenChunk) -> Result<Batch> {
 impl SourceSpec {
     fn query(&self, kind: &str, lower: Option<&[String]>, upper: Option<&[String]>) -> String {
         let mut conditions: Vec<String> = self.filter.iter().map(|f| format!("({f})")).collect();
+        let nullable = self.key.iter().zip(&self.key_nullable).filter(|(_, nullable)| **nullable);
         if kind == "null_key" {
-            conditions.push(format!("({} IS NULL)", self.key.join(" IS NULL OR ")));
+            let nulls: Vec<String> = nullable.map(|(key, _)| format!("{key} IS NULL")).collect();
+            conditions.push(format!("({})", nulls.join(" OR ")));
+        } else {
+            // A row comparison is decided by its first differing column, nulls after it notwithstanding.
+            conditions.extend(nullable.map(|(key, _)| format!("{key} IS NOT NULL")));
         }
         for (bound, operator) in [(lower, ">="), (upper, "<")] {
             let Some(bound) = bound else { continue };
@@ -252,9 +258,13 @@ impl Writer<'_> {
             pgrx::check_for_interrupts!();
             let some = &rows[positions];
             let ordinal = self.chunk.ordinal;
+            let staging = match way {
+                Way::Insert => None,
+                Way::Upsert => Some(staging_table(self.chunk)?),
+            };
             let chunk = std::panic::AssertUnwindSafe(&mut *self.chunk);
             let batch = std::panic::AssertUnwindSafe(self.batch);
-            match copy::attempt(move || write(chunk, &batch, some, way))? {
+            match copy::attempt(move || write(chunk, &batch, some, staging))? {
                 Ok(()) => plan.accepted(),
                 Err(reason) => {
                     // What the attempt drew went with it.
@@ -303,22 +313,24 @@ fn write(
     chunk: std::panic::AssertUnwindSafe<&mut OpenChunk>,
     batch: &Batch,
     rows: &[u32],
-    way: Way,
+    staging: Option<pg_sys::Oid>,
 ) -> Result<()> {
     let chunk = chunk.0;
     let layout: &Layout = &chunk.layout;
-    match way {
-        Way::Insert => copy::copy_in(chunk.target, layout, batch, rows).map(drop),
-        Way::Upsert => {
-            let staging = upsert::stage(chunk)?;
-            let table: Option<pg_sys::Oid> = Spi::get_one_with_args(
-                "SELECT pg_catalog.to_regclass($1)::pg_catalog.oid",
-                &[staging.into()],
-            )?;
-            copy::copy_in(required(table)?, &chunk.layout, batch, rows)?;
+    match staging {
+        None => copy::copy_in(chunk.target, layout, batch, rows).map(drop),
+        Some(table) => {
+            copy::copy_in(table, layout, batch, rows)?;
             upsert::apply(chunk).map(drop)
         }
     }
+}
+
+/// The empty staging table, made outside of the attempt that fills it.
+fn staging_table(chunk: &OpenChunk) -> Result<pg_sys::Oid> {
+    let name = upsert::stage(chunk)?;
+    let table = Spi::get_one_with_args("SELECT pg_catalog.to_regclass($1)::pg_catalog.oid", &[name.into()])?;
+    required(table)
 }
 
 fn packed(verdicts: &[claim::Verdict]) -> Vec<u8> {

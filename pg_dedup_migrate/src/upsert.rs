@@ -4,6 +4,7 @@
 //! from the locked row, never from the index. What is then overwritten or removed leaves a before image; the before images of a
 //! transaction are what `finish_chunk` retracts, so that a savepoint taken back takes its retractions with it.
 use std::collections::{HashMap, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use pg_dedup_record::checksum::Checksum;
 use pg_dedup_record::digest::Digest;
@@ -192,11 +193,20 @@ fn written_by_this_pass<'k>(
     Ok(written)
 }
 
+/// Name of the staging table: chunks of one transaction share it if they deliver the same columns to the same target.
 fn staging_name(chunk: &OpenChunk) -> String {
-    format!("pg_temp.dedup_upsert_{}", chunk.target_id)
+    // Only this backend ever reads the name, so that any hash that is fixed for a process will do.
+    let mut columns = DefaultHasher::new();
+    for column in &chunk.layout.columns {
+        (&column.name, &column.type_name).hash(&mut columns);
+    }
+    format!("pg_temp.dedup_upsert_{}_{:016x}", chunk.target_id, columns.finish())
 }
 
-/// `dedup.upsert_staging`: a temporary table, dropped at commit, that takes changed rows in layout order; returns its name.
+/// `dedup.upsert_staging`: an empty temporary table, dropped at commit, that takes changed rows in layout order; returns its name.
+///
+/// It is made once a transaction and belongs outside of the savepoints of single attempts: made anew under each of them, the locks of
+/// thousands of dropped tables would fill the server's lock table.
 ///
 /// # Errors
 /// 55000 without an open chunk, 42501 without TEMPORARY on the database.
@@ -211,13 +221,23 @@ fn upsert_staging(run: Uuid, chunk_id: &str) -> Result<String, ErrorReport> {
 /// As there.
 pub fn stage(chunk: &OpenChunk) -> Result<String> {
     let name = staging_name(chunk);
-    Spi::run(&format!("DROP TABLE IF EXISTS {name}"))?;
-    let columns = column_list(&chunk.layout, "t");
-    Spi::run(&format!(
-        "CREATE TEMPORARY TABLE {} ON COMMIT DROP AS SELECT {columns} FROM {} AS t WITH NO DATA",
-        &name["pg_temp.".len()..],
-        chunk.target_name()
-    ))?;
+    let bytes: Option<i64> = Spi::get_one_with_args(
+        "SELECT pg_catalog.pg_relation_size(pg_catalog.to_regclass($1))",
+        &[name.as_str().into()],
+    )?;
+    match bytes {
+        None => {
+            let columns = column_list(&chunk.layout, "t");
+            Spi::run(&format!(
+                "CREATE TEMPORARY TABLE {} ON COMMIT DROP AS SELECT {columns} FROM {} AS t WITH NO DATA",
+                &name["pg_temp.".len()..],
+                chunk.target_name()
+            ))?;
+        }
+        Some(0) => {}
+        // Rows that an earlier attempt left, dead ones mostly: each further attempt would read past all of them.
+        Some(_) => Spi::run(&format!("TRUNCATE TABLE {name}"))?,
+    }
     Ok(name)
 }
 
@@ -245,10 +265,13 @@ pub fn apply(chunk: &mut OpenChunk) -> Result<i64> {
         &[],
         "update",
     )?;
+    let fixed = generated_always(chunk)?;
+    refuse_to_change(&fixed, &format!("{staging} AS s JOIN {target} AS t ON {same_key}"), &target)?;
     let assignments: Vec<String> = (0..chunk.layout.columns.len())
         .filter(|i| !chunk.layout.key.contains(i) || chunk.key_types.may_differ(*i, &chunk.layout))
-        .map(|i| quote_ident(&chunk.layout.columns[i].name))
-        .map(|column| format!("{column} = s.{column}"))
+        .map(|i| &chunk.layout.columns[i].name)
+        .filter(|name| !fixed.contains(name))
+        .map(|name| format!("{0} = s.{0}", quote_ident(name)))
         .collect();
     let updated = execute(
         &format!("UPDATE {target} AS t SET {} FROM {staging} AS s WHERE {same_key}", assignments.join(", ")),
@@ -262,6 +285,45 @@ pub fn apply(chunk: &mut OpenChunk) -> Result<i64> {
         .hint("look for a trigger, rule or policy that hides or drops rows of the target"));
     }
     Ok(updated)
+}
+
+/// Identity columns GENERATED ALWAYS among the delivered ones: COPY may write them, UPDATE may not.
+fn generated_always(chunk: &OpenChunk) -> Result<Vec<String>> {
+    Spi::connect(|client| {
+        client
+            .select(
+                "SELECT a.attname::pg_catalog.text AS name FROM pg_catalog.pg_attribute AS a \
+                 WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped AND a.attidentity = 'a'",
+                None,
+                &[chunk.target.into()],
+            )?
+            .into_iter()
+            .map(|row| required(row["name"].value()?))
+            .filter(|name: &Result<String>| match name {
+                Ok(name) => chunk.layout.columns.iter().any(|column| column.name == *name),
+                Err(_) => true,
+            })
+            .collect()
+    })
+}
+
+/// Refuses upserts that would have to change a column which the target does not let change.
+fn refuse_to_change(fixed: &[String], pairs: &str, target: &str) -> Result<()> {
+    for name in fixed {
+        let column = quote_ident(name);
+        let differs =
+            format!("SELECT EXISTS (SELECT FROM {pairs} WHERE s.{column} IS DISTINCT FROM t.{column})");
+        if Spi::get_one::<bool>(&differs)? == Some(true) {
+            return Err(Error::new(
+                PgSqlErrorCode::ERRCODE_GENERATED_ALWAYS,
+                format!(
+                    "column {column} of {target} changed in the source and is an identity GENERATED ALWAYS"
+                ),
+            )
+            .hint(format!("ALTER TABLE {target} ALTER COLUMN {column} SET GENERATED BY DEFAULT")));
+        }
+    }
+    Ok(())
 }
 
 /// `dedup.delete_superseded`: removes the rows under the packed keys, whose records now carry content that other rows have already.

@@ -151,6 +151,12 @@ impl ChunkCalls<'_> {
         row.and_then(|row| row.try_get(0)).at(Side::Target, "begin_chunk")
     }
 
+    /// The empty table that takes changed rows; called before the savepoint that they are written under.
+    pub async fn upsert_staging(&self) -> Result<String> {
+        let sql = "SELECT dedup.upsert_staging($1::uuid, $2::text)";
+        call(self.session, "upsert_staging", sql, &[&self.run, &self.chunk_id]).await
+    }
+
     /// Rows to be replaced that stay as they are; answers their contents' digests.
     pub async fn keep_rows(&self, keys: &[u8]) -> Result<Vec<u8>> {
         let sql = "SELECT dedup.keep_rows($1::uuid, $2::text, $3::bytea)";

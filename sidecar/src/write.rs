@@ -50,10 +50,15 @@ pub async fn write_rows(
     let mut refused = Vec::new();
     while let Some(positions) = plan.next() {
         let rows_now = &rows[positions];
+        // Outside of the savepoint: a table made under each of them would cost the server a lock each until the chunk's end.
+        let staging = match way {
+            Way::Insert => String::new(),
+            Way::Upsert => calls.upsert_staging().await?,
+        };
         let write = async {
             match way {
                 Way::Insert => insert(calls, table, batch, rows_now).await,
-                Way::Upsert => upsert(calls, table, batch, rows_now).await,
+                Way::Upsert => upsert(calls, table, &staging, batch, rows_now).await,
             }
         };
         match attempt(calls, write).await? {
@@ -144,13 +149,17 @@ async fn insert(calls: ChunkCalls<'_>, table: &TableWork, batch: &Batch, rows: &
 }
 
 /// Changed rows go into a staging table first; the extension locks, keeps what was there, and updates.
-async fn upsert(calls: ChunkCalls<'_>, table: &TableWork, batch: &Batch, rows: &[u32]) -> Result<Driver<()>> {
+async fn upsert(
+    calls: ChunkCalls<'_>,
+    table: &TableWork,
+    staging: &str,
+    batch: &Batch,
+    rows: &[u32],
+) -> Result<Driver<()>> {
     let client = &calls.session.client;
-    let staging = calls.session.prepared("SELECT dedup.upsert_staging($1::uuid, $2::text)").await?;
     let apply = calls.session.prepared("SELECT dedup.apply_upserts($1::uuid, $2::text)").await?;
     let applied = async {
-        let name: String = client.query_one(&staging, &[&calls.run, &calls.chunk_id]).await?.try_get(0)?;
-        let copy = client.prepare(&table.copy_into(&name)).await?;
+        let copy = client.prepare(&table.copy_into(staging)).await?;
         copy_in(calls, &copy, batch, rows).await?;
         client.query_one(&apply, &[&calls.run, &calls.chunk_id]).await?.try_get::<_, i64>(0)
     };
