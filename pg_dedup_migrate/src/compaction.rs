@@ -15,7 +15,7 @@ use crate::relation::{Access, Snapshot, Table};
 use crate::segment::{self, BlockReader, Segment, SegmentWriter};
 
 /// Segments of one level that are merged into one of the next.
-const FAN_OUT: usize = 16;
+const FAN_OUT: usize = 32;
 
 /// `dedup.compact_step`: merges one full level of one target, if there is one; says whether there was.
 ///
@@ -58,46 +58,53 @@ fn due(segments: &[Segment]) -> Option<i32> {
     (0..=highest).find(|&level| segments.iter().filter(|s| s.level == level).count() >= FAN_OUT)
 }
 
-/// A copy of an entry, ordered as segments are.
+/// An entry at the head of its segment, ordered as segments are. Its key stays in the source's buffer.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Head {
     digest: Digest,
     ordinal: u64,
     tombstone: bool,
-    key: Vec<u8>,
-    row_digest: [u8; 8],
     source: usize,
+    row_digest: [u8; 8],
+    key: (usize, usize),
 }
 
 /// One segment being read; memory: the entries of one block.
 struct Source<'a> {
     reader: BlockReader<'a>,
-    block: std::vec::IntoIter<Head>,
     number: usize,
+    /// The block's entries, last first.
+    heads: Vec<Head>,
+    /// Their keys, one behind the other.
+    keys: Vec<u8>,
 }
 
 impl Source<'_> {
+    /// The next entry. What the one before it says of its key is no longer true then.
     fn next(&mut self) -> Result<Option<Head>> {
-        if let Some(head) = self.block.next() {
+        if let Some(head) = self.heads.pop() {
             return Ok(Some(head));
         }
-        let number = self.number;
-        let Some(view) = self.reader.next()? else { return Ok(None) };
-        let heads: Vec<Head> = (0..view.len())
-            .map(|i| {
-                let e = view.entry(i);
-                Head {
-                    digest: e.digest,
-                    ordinal: e.stamp.ordinal,
-                    tombstone: e.stamp.tombstone,
-                    key: e.key.to_vec(),
-                    row_digest: e.row_digest,
-                    source: number,
-                }
-            })
-            .collect();
-        self.block = heads.into_iter();
-        Ok(self.block.next())
+        self.keys.clear();
+        while self.heads.is_empty() {
+            pgrx::check_for_interrupts!();
+            let Some(view) = self.reader.next()? else { return Ok(None) };
+            for i in 0..view.len() {
+                let entry = view.entry(i);
+                let start = self.keys.len();
+                self.keys.extend_from_slice(entry.key);
+                self.heads.push(Head {
+                    digest: entry.digest,
+                    ordinal: entry.stamp.ordinal,
+                    tombstone: entry.stamp.tombstone,
+                    source: self.number,
+                    row_digest: entry.row_digest,
+                    key: (start, self.keys.len()),
+                });
+            }
+            self.heads.reverse();
+        }
+        Ok(self.heads.pop())
     }
 }
 
@@ -111,14 +118,20 @@ fn merge(target_id: i32, level: i32, old: &[&Segment], snapshot: &Snapshot) -> R
     for (number, segment) in old.iter().enumerate() {
         let mut reader = BlockReader::new(&read, snapshot)?;
         reader.start(segment.id);
-        let mut source = Source { reader, block: Vec::new().into_iter(), number };
+        let mut source = Source { reader, number, heads: Vec::new(), keys: Vec::new() };
         heads.extend(source.next()?.map(Reverse));
         sources.push(source);
     }
-    while let Some(Reverse(head)) = heads.pop() {
-        heads.extend(sources[head.source].next()?.map(Reverse));
+    while let Some(mut first) = heads.peek_mut() {
+        let Reverse(head) = &*first;
+        let source = &mut sources[head.source];
         let stamp = Stamp { ordinal: head.ordinal, tombstone: head.tombstone };
-        writer.push(&Entry { digest: head.digest, stamp, row_digest: head.row_digest, key: &head.key })?;
+        let key = &source.keys[head.key.0..head.key.1];
+        writer.push(&Entry { digest: head.digest, stamp, row_digest: head.row_digest, key })?;
+        match source.next()? {
+            Some(next) => *first = Reverse(next),
+            None => drop(std::collections::binary_heap::PeekMut::pop(first)),
+        }
     }
     writer.finish(&segments)?;
     Ok(())

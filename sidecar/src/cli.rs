@@ -98,6 +98,9 @@ pub struct RunArgs {
     /// Records that may be refused in a chunk before the chunk is failed [default: 10000]
     #[arg(long, value_name = "N")]
     pub error_budget: Option<u64>,
+    /// Seconds without a heartbeat after which a worker's chunk goes to another [default: 60]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(10..=86400))]
+    pub lease_seconds: Option<u32>,
     /// Go on with a run: its id, a unique prefix of it, its name, or "last"
     #[arg(long, value_name = "RUN")]
     pub resume: Option<String>,

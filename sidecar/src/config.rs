@@ -66,6 +66,8 @@ pub struct Job {
     pub chunk_bytes: u64,
     /// Refused records a chunk; `None`: as the run has it.
     pub error_budget: Option<u64>,
+    /// Seconds a lease lasts without a heartbeat; `None`: the extension's default.
+    pub lease_seconds: Option<u32>,
     /// Whether rows that stand in a target are hashed before the first chunk.
     pub index_existing: bool,
     /// JSON on standard output.
@@ -81,6 +83,7 @@ impl Job {
         file.workers = args.workers.or(file.workers);
         file.chunk_size = args.chunk_size.clone().map(Size::Text).or(file.chunk_size);
         file.error_budget = args.error_budget.or(file.error_budget);
+        file.lease_seconds = args.lease_seconds.or(file.lease_seconds);
         file.name = args.name.clone().or(file.name);
         if args.no_index_existing {
             file.index_existing = Some(false);
@@ -195,6 +198,7 @@ struct FileConfig {
     workers: Option<u16>,
     chunk_size: Option<Size>,
     error_budget: Option<u64>,
+    lease_seconds: Option<u32>,
     index_existing: Option<bool>,
     #[serde(default)]
     schemas: Vec<String>,
@@ -261,6 +265,9 @@ impl FileConfig {
                 Error::usage(format!("chunk size {chunk_bytes} is out of range")).hint("between 1kB and 2GB")
             );
         }
+        if self.lease_seconds.is_some_and(|seconds| !(10..=86_400).contains(&seconds)) {
+            return Err(Error::usage("lease_seconds is out of range").hint("between 10 and 86400"));
+        }
         let mut job = Job {
             source: self.source.unwrap_or_default(),
             target: self.target.unwrap_or_default(),
@@ -269,6 +276,7 @@ impl FileConfig {
             workers,
             chunk_bytes,
             error_budget: self.error_budget,
+            lease_seconds: self.lease_seconds,
             index_existing: self.index_existing.unwrap_or(true),
             ..Job::default()
         };

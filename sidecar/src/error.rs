@@ -135,8 +135,8 @@ impl Error {
         Error::from_driver(side, doing, error, true)
     }
 
-    /// As [`Error::driver`], for statements that carry records: a server's message may quote their values, so for the
-    /// classes that do (22 and P0001) only the condition and the names are kept.
+    /// As [`Error::driver`], for statements that read or carry records: a server's message may quote their values, which
+    /// [`without_values`] leaves out.
     pub fn record_driver(side: Side, doing: &str, error: tokio_postgres::Error) -> Error {
         Error::from_driver(side, doing, error, false)
     }
@@ -148,17 +148,15 @@ impl Error {
             return Error::new(side, kind, format!("{doing}: {error}{cause}")).because(error);
         };
         let state = db.code().code();
-        let quotes_values = state.starts_with("22") || state == "P0001";
-        if !values_are_safe && quotes_values {
-            let mut told =
-                Error::new(side, Kind::Server, format!("{doing}: {}", describe(db))).sqlstate(state);
-            told.detail = Some("the server's message is left out because it may quote a record".into());
-            return told;
-        }
-        let mut told = Error::new(side, Kind::Server, format!("{doing}: {}", db.message())).sqlstate(state);
+        let message = if values_are_safe { db.message().to_owned() } else { without_values(db) };
+        let mut told = Error::new(side, Kind::Server, format!("{doing}: {message}")).sqlstate(state);
         if values_are_safe {
             told.detail = db.detail().map(str::to_owned);
+        }
+        if values_are_safe || !refuses_record(state) {
             told.hint = db.hint().map(str::to_owned);
+        }
+        if values_are_safe {
             told.source = Some(Box::new(error));
         }
         told
@@ -255,6 +253,22 @@ pub fn condition_name(state: &str) -> &'static str {
     }
 }
 
+/// A server's message without the values that it may quote; the rule of `dedup.without_values` in the extension. Messages of class 22
+/// name the offending value after a colon ("invalid input syntax for type integer: …") or in quotes ("value … is out of
+/// range"), and a function's own words (P0001) can say anything: then condition and names are told instead.
+pub fn without_values(db: &tokio_postgres::error::DbError) -> String {
+    sayable(db.code().code(), db.message()).map_or_else(|| describe(db), str::to_owned)
+}
+
+/// The part of a message before any value; `None`: no such part.
+fn sayable<'m>(state: &str, message: &'m str) -> Option<&'m str> {
+    match state {
+        "P0001" => None,
+        _ if !state.starts_with("22") => Some(message),
+        _ => message.split(": ").next().filter(|head| !head.contains('"')),
+    }
+}
+
 /// Condition and names of a server error, without its values.
 pub fn describe(db: &tokio_postgres::error::DbError) -> String {
     let mut text = condition_name(db.code().code()).replace('_', " ");
@@ -344,6 +358,20 @@ mod tests {
         assert_eq!(Error::usage("x").exit_code(), 2);
         assert_eq!(Error::refused("x").exit_code(), 1);
         assert_eq!(Error::here(Kind::Interrupted, "x").exit_code(), 130);
+    }
+
+    #[test]
+    fn values_are_not_repeated() {
+        let state = "22P02";
+        assert_eq!(
+            sayable(state, "invalid input syntax for type integer: \"SECRET\""),
+            Some("invalid input syntax for type integer")
+        );
+        assert_eq!(sayable("22003", "value \"99999999999\" is out of range for type integer"), None);
+        assert_eq!(sayable("22003", "integer out of range"), Some("integer out of range"));
+        assert_eq!(sayable("22021", "invalid byte sequence for encoding \"UTF8\": 0xff"), None);
+        assert_eq!(sayable("P0001", "SECRET"), None);
+        assert_eq!(sayable("42P01", "relation \"t\" does not exist"), Some("relation \"t\" does not exist"));
     }
 
     #[test]

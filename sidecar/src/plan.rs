@@ -119,8 +119,8 @@ async fn check_ascending(session: &Session, spec: &SourceSpec, chunks: &[Planned
         join(&|i| format!("t{i}")),
     );
     let parameters: Vec<&(dyn ToSql + Sync)> = arrays.iter().map(|a| a as &(dyn ToSql + Sync)).collect();
-    let row = session.client.query_one(&sql, &parameters).await.at(Side::Source, doing)?;
-    if row.try_get(0).at(Side::Source, doing)? {
+    let row = session.client.query_one(&sql, &parameters).await.with_records(Side::Source, doing)?;
+    if row.try_get(0).with_records(Side::Source, doing)? {
         Ok(())
     } else {
         Err(protocol_error(Side::Source, format!("the planned ranges of {} do not ascend", spec.relation)))
@@ -193,14 +193,14 @@ async fn stream_ratio(
     };
     let from = format!("FROM {} {sample}{} LIMIT {PROBE_ROWS}", spec.relation, conditions(spec, None));
     let sql = format!("SELECT coalesce(sum(w), 0)::int8 FROM (SELECT {} AS w {from}) AS probe", weight(spec));
-    let row = session.client.query_one(&sql, &[]).await.at(Side::Source, doing)?;
-    let stored: i64 = row.try_get(0).at(Side::Source, doing)?;
+    let row = session.client.query_one(&sql, &[]).await.with_records(Side::Source, doing)?;
+    let stored: i64 = row.try_get(0).with_records(Side::Source, doing)?;
     let copy = format!("COPY (SELECT {} {from}) TO STDOUT (FORMAT binary)", spec.select.join(", "));
-    let stream = session.client.copy_out(copy.as_str()).await.at(Side::Source, doing)?;
+    let stream = session.client.copy_out(copy.as_str()).await.with_records(Side::Source, doing)?;
     let sent: usize = stream
         .try_fold(0, |sum, bytes| async move { Ok(sum + bytes.len()) })
         .await
-        .at(Side::Source, doing)?;
+        .with_records(Side::Source, doing)?;
     Ok(if stored > 0 { (sent as f64 / stored as f64).clamp(0.1, 1000.0) } else { 1.0 })
 }
 
@@ -212,9 +212,9 @@ async fn totals(session: &Session, spec: &SourceSpec) -> Result<(u64, u64)> {
         spec.relation,
         conditions(spec, None)
     );
-    let row = session.client.query_one(&sql, &[]).await.at(Side::Source, doing)?;
+    let row = session.client.query_one(&sql, &[]).await.with_records(Side::Source, doing)?;
     let (records, bytes): (i64, i64) =
-        (row.try_get(0).at(Side::Source, doing)?, row.try_get(1).at(Side::Source, doing)?);
+        (row.try_get(0).with_records(Side::Source, doing)?, row.try_get(1).with_records(Side::Source, doing)?);
     Ok((records.unsigned_abs(), bytes.unsigned_abs()))
 }
 
@@ -289,15 +289,15 @@ async fn sampled_keys(
 async fn fetch(session: &Session, sql: &str, key_columns: usize) -> Result<Vec<Sampled>> {
     let doing = "sampling keys";
     let none: [&str; 0] = [];
-    let rows = session.client.query_raw(sql, none).await.at(Side::Source, doing)?;
+    let rows = session.client.query_raw(sql, none).await.with_records(Side::Source, doing)?;
     let mut rows = std::pin::pin!(rows);
     let mut samples = Vec::new();
-    while let Some(row) = rows.try_next().await.at(Side::Source, doing)? {
-        let bytes: i64 = row.try_get(0).at(Side::Source, doing)?;
+    while let Some(row) = rows.try_next().await.with_records(Side::Source, doing)? {
+        let bytes: i64 = row.try_get(0).with_records(Side::Source, doing)?;
         let key = (1..=key_columns)
             .map(|i| row.try_get(i))
             .collect::<std::result::Result<_, _>>()
-            .at(Side::Source, doing)?;
+            .with_records(Side::Source, doing)?;
         samples.push(Sampled { key, bytes: bytes.unsigned_abs() });
     }
     Ok(samples)

@@ -108,6 +108,39 @@ pub async fn compact_step(session: &Session, run: Uuid, table_id: i32) -> Result
     call(session, "compact_step", sql, &[&run, &table_id]).await
 }
 
+/// Warms the target's filter if it is cold and no other session is at it; answers the entries read.
+pub async fn warm_filter(session: &Session) -> Result<i64> {
+    call(session, "warming the filter", "SELECT dedup.warm_filter_once()", &[]).await
+}
+
+/// Leases of other workers that have gone silent.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Silent {
+    /// Chunks.
+    pub chunks: i64,
+    /// Seconds since the worker that is silent longest was heard.
+    pub silent: f64,
+    /// Seconds until its chunk is free.
+    pub left: f64,
+}
+
+/// Whether chunks wait for the leases of silent workers to run out.
+pub async fn silent_leases(session: &Session, run: Uuid) -> Result<Option<Silent>> {
+    let doing = "looking at leases";
+    let statement = session
+        .prepared("SELECT chunks, silent_seconds, seconds_left FROM dedup.silent_leases($1::uuid) WHERE chunks > 0")
+        .await?;
+    let row = session.client.query_opt(&statement, &[&run]).await.at(session.side, doing)?;
+    row.map(|row| {
+        Ok(Silent {
+            chunks: row.try_get(0).at(session.side, doing)?,
+            silent: row.try_get(1).at(session.side, doing)?,
+            left: row.try_get(2).at(session.side, doing)?,
+        })
+    })
+    .transpose()
+}
+
 /// Stops leasing for everybody.
 pub async fn pause_run(session: &Session, run: Uuid) -> Result<String> {
     call(session, "pause_run", "SELECT dedup.pause_run($1::uuid)", &[&run]).await

@@ -1,6 +1,7 @@
 //! `run` and `work`: from a job to its books.
 
 use std::collections::HashMap;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use uuid::Uuid;
@@ -107,9 +108,7 @@ pub async fn work(job: &Job, wanted: &str, stop: Stop) -> Result<u8> {
             .detail(format!("the run's is {planned}, this one is {identity}")));
     }
     tracing::info!("joining run {} ({})", run.run_id, run.name);
-    let tables = tables::load(&ends.admin, run.run_id).await?;
-    work_chunks(job, &ends, &run, tables, &stop).await?;
-    ends.revive().await?;
+    work_to_the_end(job, &mut ends, &run, &stop).await?;
     let summary = Summary::load(&ends.admin, run.run_id).await?;
     summary.print(job.json)?;
     Ok(if stop.finishing() {
@@ -203,6 +202,8 @@ async fn work_chunks(
         counters: counters.clone(),
         stop: stop.clone(),
         deferred: Mutex::default(),
+        warming: AtomicBool::new(false),
+        told_waiting: Mutex::default(),
     };
     let _progress = Progress::show(counters, plan);
     worker::work(Arc::new(crew), job.workers).await

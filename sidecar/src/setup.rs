@@ -80,7 +80,7 @@ async fn create_in_transaction(
     pairs: &[Pair],
 ) -> Result<Created> {
     let name = job.name.clone().unwrap_or_else(|| endpoint.database().to_owned());
-    let options = json!({
+    let mut options = json!({
         "sidecar_version": env!("CARGO_PKG_VERSION"),
         "settings": {
             "source": runs::source_identity(source).await?,
@@ -89,6 +89,9 @@ async fn create_in_transaction(
             "index_existing": job.index_existing,
         },
     });
+    if let Some(seconds) = job.lease_seconds {
+        options["lease_seconds"] = seconds.into();
+    }
     let run_id: Uuid = target
         .client
         .query_one("SELECT dedup.create_run($1::text, $2::jsonb)", &[&name, &options])
@@ -248,10 +251,10 @@ async fn check_query(source: &Session, table: &TableName, spec: &SourceSpec, lay
                 "column {} of {table} can't be read as the target wants it",
                 quote_ident(&column.name)
             );
-            return Err(Error::driver(Side::Source, &doing, error));
+            return Err(Error::record_driver(Side::Source, &doing, error));
         }
     }
-    Err(Error::driver(Side::Source, &format!("{table} can't be read as the target wants it"), error))
+    Err(Error::record_driver(Side::Source, &format!("{table} can't be read as the target wants it"), error))
 }
 
 /// One snapshot for all tables without a key: positions mean something only under it.

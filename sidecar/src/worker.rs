@@ -1,8 +1,9 @@
 //! The loop of a worker: lease a chunk, read it, write it, decide about errors, until nothing is left.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use backon::{BackoffBuilder, ExponentialBuilder};
 use pg_dedup_record::Batch;
@@ -40,7 +41,59 @@ pub struct Crew {
     pub stop: Stop,
     /// Chunks given back for a foreign key: how many chunks were verified then.
     pub deferred: Mutex<HashMap<String, i64>>,
+    /// Whether a warm-up of the target's filter is on its way.
+    pub warming: AtomicBool,
+    /// When it was last said that chunks wait for the leases of silent workers.
+    pub told_waiting: Mutex<Option<Instant>>,
 }
+
+impl Crew {
+    /// Has a session of its own warm the filter, which is cold after the server was restarted. Nobody waits for it: with a cold filter every
+    /// content is looked up exactly.
+    fn warm(self: &Arc<Self>) {
+        if self.warming.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let crew = self.clone();
+        tokio::spawn(async move {
+            let warmed = async {
+                let session = crew.target.connect(Role::Admin).await?;
+                protocol::warm_filter(&session).await
+            };
+            match warmed.await {
+                Ok(0) => {}
+                Ok(entries) => tracing::info!("the filter was cold: {entries} entries read into it"),
+                Err(error) => tracing::warn!("the filter stays cold, which is slower: {error}"),
+            }
+            crew.warming.store(false, Ordering::Relaxed);
+        });
+    }
+
+    /// Says what everybody is waiting for, twice a minute at most.
+    async fn tell_waiting(&self, target: &Session) {
+        {
+            let mut told = lock(&self.told_waiting);
+            if told.is_some_and(|at| at.elapsed() < TELL_WAITING_EVERY) {
+                return;
+            }
+            *told = Some(Instant::now());
+        }
+        match protocol::silent_leases(target, self.run).await {
+            Ok(Some(silent)) => tracing::info!(
+                "waiting for {} chunk{} of a worker that gave no heartbeat for {:.0} s: the lease runs out in {:.0} s",
+                silent.chunks,
+                if silent.chunks == 1 { "" } else { "s" },
+                silent.silent,
+                silent.left.ceil()
+            ),
+            // Nothing to tell yet: soon there may be.
+            Ok(None) => *lock(&self.told_waiting) = None,
+            Err(error) => tracing::debug!("{error}"),
+        }
+    }
+}
+
+const TELL_WAITING_EVERY: Duration = Duration::from_secs(30);
 
 /// Lanes a worker: while one writes its chunk, the other reads the next.
 const LANES: u16 = 2;
@@ -167,7 +220,10 @@ impl Worker {
             let Some(target) = &self.target else { return Ok(Turn::Idle) };
             return match protocol::run_state(target, self.crew.run).await {
                 Ok(state) if state == "finished" => Ok(Turn::Finished),
-                Ok(_) => Ok(Turn::Idle),
+                Ok(_) => {
+                    self.crew.tell_waiting(target).await;
+                    Ok(Turn::Idle)
+                }
                 Err(error) if error.policy() == Policy::Retry => {
                     self.target = None;
                     Ok(Turn::Idle)
@@ -194,6 +250,7 @@ impl Worker {
         loop {
             if self.target.as_ref().is_none_or(Session::is_closed) {
                 self.target = Some(self.crew.target.connect_patiently(Role::Writer).await?);
+                self.crew.warm();
             }
             let Some(target) = &self.target else { continue };
             match protocol::lease_chunk(target, self.crew.run, self.id).await {
@@ -333,6 +390,7 @@ impl Worker {
                 self.crew.target.connect_patiently(Role::Writer).await?
             };
             self.target = Some(connected);
+            self.crew.warm();
         }
         let Some(target) = &self.target else {
             return Err(Error::here(Kind::Connection, "a connection is gone"));
