@@ -213,8 +213,10 @@ async fn totals(session: &Session, spec: &SourceSpec) -> Result<(u64, u64)> {
         conditions(spec, None)
     );
     let row = session.client.query_one(&sql, &[]).await.with_records(Side::Source, doing)?;
-    let (records, bytes): (i64, i64) =
-        (row.try_get(0).with_records(Side::Source, doing)?, row.try_get(1).with_records(Side::Source, doing)?);
+    let (records, bytes): (i64, i64) = (
+        row.try_get(0).with_records(Side::Source, doing)?,
+        row.try_get(1).with_records(Side::Source, doing)?,
+    );
     Ok((records.unsigned_abs(), bytes.unsigned_abs()))
 }
 

@@ -128,7 +128,9 @@ pub struct Silent {
 pub async fn silent_leases(session: &Session, run: Uuid) -> Result<Option<Silent>> {
     let doing = "looking at leases";
     let statement = session
-        .prepared("SELECT chunks, silent_seconds, seconds_left FROM dedup.silent_leases($1::uuid) WHERE chunks > 0")
+        .prepared(
+            "SELECT chunks, silent_seconds, seconds_left FROM dedup.silent_leases($1::uuid) WHERE chunks > 0",
+        )
         .await?;
     let row = session.client.query_opt(&statement, &[&run]).await.at(session.side, doing)?;
     row.map(|row| {

@@ -1,7 +1,6 @@
 //! `run` and `work`: from a job to its books.
 
 use std::collections::HashMap;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use uuid::Uuid;
@@ -202,7 +201,6 @@ async fn work_chunks(
         counters: counters.clone(),
         stop: stop.clone(),
         deferred: Mutex::default(),
-        warming: AtomicBool::new(false),
         told_waiting: Mutex::default(),
     };
     let _progress = Progress::show(counters, plan);

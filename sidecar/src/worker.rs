@@ -1,7 +1,6 @@
 //! The loop of a worker: lease a chunk, read it, write it, decide about errors, until nothing is left.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -41,34 +40,11 @@ pub struct Crew {
     pub stop: Stop,
     /// Chunks given back for a foreign key: how many chunks were verified then.
     pub deferred: Mutex<HashMap<String, i64>>,
-    /// Whether a warm-up of the target's filter is on its way.
-    pub warming: AtomicBool,
     /// When it was last said that chunks wait for the leases of silent workers.
     pub told_waiting: Mutex<Option<Instant>>,
 }
 
 impl Crew {
-    /// Has a session of its own warm the filter, which is cold after the server was restarted. Nobody waits for it: with a cold filter every
-    /// content is looked up exactly.
-    fn warm(self: &Arc<Self>) {
-        if self.warming.swap(true, Ordering::Relaxed) {
-            return;
-        }
-        let crew = self.clone();
-        tokio::spawn(async move {
-            let warmed = async {
-                let session = crew.target.connect(Role::Admin).await?;
-                protocol::warm_filter(&session).await
-            };
-            match warmed.await {
-                Ok(0) => {}
-                Ok(entries) => tracing::info!("the filter was cold: {entries} entries read into it"),
-                Err(error) => tracing::warn!("the filter stays cold, which is slower: {error}"),
-            }
-            crew.warming.store(false, Ordering::Relaxed);
-        });
-    }
-
     /// Says what everybody is waiting for, twice a minute at most.
     async fn tell_waiting(&self, target: &Session) {
         {
@@ -116,6 +92,7 @@ pub async fn work(crew: Arc<Crew>, workers: u16) -> Result<()> {
             status: status.clone(),
             source: None,
             target: None,
+            asked_for_warmth: false,
             spent: None,
         };
         tasks.spawn(worker.run());
@@ -149,6 +126,8 @@ struct Worker {
     status: RunStatus,
     source: Option<Session>,
     target: Option<Session>,
+    /// Whether the target session has seen to the filter.
+    asked_for_warmth: bool,
     /// The last chunk's records, for their memory.
     spent: Option<Batch>,
 }
@@ -250,9 +229,12 @@ impl Worker {
         loop {
             if self.target.as_ref().is_none_or(Session::is_closed) {
                 self.target = Some(self.crew.target.connect_patiently(Role::Writer).await?);
-                self.crew.warm();
+                self.asked_for_warmth = false;
             }
             let Some(target) = &self.target else { continue };
+            if !std::mem::replace(&mut self.asked_for_warmth, true) {
+                warm(target).await;
+            }
             match protocol::lease_chunk(target, self.crew.run, self.id).await {
                 Err(error) if error.policy() == Policy::Retry => {
                     tracing::warn!("{error}; connecting anew");
@@ -288,6 +270,7 @@ impl Worker {
         let read = read::read_chunk(source, table, &lease.range, &crew.counters, self.spent.take()).await?;
         drop(turn);
         failpoint::reach(Failpoint::Read).await;
+        let waiting = Instant::now();
         let turn = take_turn(&self.turns.writing).await?;
         let deferred_at = lock(&crew.deferred).get(&lease.chunk_id).copied();
         let context = ChunkContext {
@@ -297,6 +280,7 @@ impl Worker {
             lease,
             error_budget: crew.error_budget,
             deferred_at,
+            waited: waiting.elapsed(),
             may_retry: lease.attempt < crew.max_attempts,
         };
         let books = chunk::write_chunk(&context, &read).await;
@@ -390,7 +374,7 @@ impl Worker {
                 self.crew.target.connect_patiently(Role::Writer).await?
             };
             self.target = Some(connected);
-            self.crew.warm();
+            self.asked_for_warmth = false;
         }
         let Some(target) = &self.target else {
             return Err(Error::here(Kind::Connection, "a connection is gone"));
@@ -403,6 +387,16 @@ impl Worker {
             }
         }
         protocol::fail_chunk(target, self.crew.run, lease, error, retry).await
+    }
+}
+
+/// Sees to a cold filter: after a restart of the server, the first session that comes reads the hash index into it. The others go on meanwhile
+/// and look every content up, as this one does if it can't be helped.
+async fn warm(target: &Session) {
+    match protocol::warm_filter(target).await {
+        Ok(0) => {}
+        Ok(entries) => tracing::info!("the filter was cold: {entries} entries were read into it"),
+        Err(error) => tracing::warn!("the filter stays cold, which is slower: {error}"),
     }
 }
 
