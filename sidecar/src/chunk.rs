@@ -1,6 +1,6 @@
 //! One chunk's transaction on the target, in the order of docs/protocol.md.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures_util::future::try_join_all;
 use pg_dedup_record::fold::{Books, Fold, Refusal, Refused, Way};
@@ -32,6 +32,8 @@ pub struct ChunkContext<'a> {
     pub error_budget: u64,
     /// Verified chunks at the time this chunk was last given back for a foreign key.
     pub deferred_at: Option<i64>,
+    /// How long the chunk waited between being read and being written.
+    pub waited: Duration,
     /// Whether a further attempt is left.
     pub may_retry: bool,
 }
@@ -91,6 +93,7 @@ pub async fn write_chunk(context: &ChunkContext<'_>, read: &ReadChunk) -> Result
         "source_bytes": read.bytes,
         "source_lsn": read.lsn,
         "read_seconds": read.took.as_secs_f64(),
+        "wait_seconds": context.waited.as_secs_f64(),
         "fold_seconds": folded.as_secs_f64(),
         "claim_seconds": (claimed - folded).as_secs_f64(),
         "write_seconds": (written - claimed).as_secs_f64(),

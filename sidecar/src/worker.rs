@@ -71,14 +71,17 @@ impl Crew {
 
 const TELL_WAITING_EVERY: Duration = Duration::from_secs(30);
 
-/// Lanes a worker: while one writes its chunk, the other reads the next.
-const LANES: u16 = 2;
+/// Lanes of so many workers: while some write their chunks, others read the next ones. Half as many again keep the writers busy; each holds a
+/// chunk in memory.
+fn lanes(workers: u16) -> u16 {
+    workers.saturating_add(workers.div_ceil(2))
+}
 
 /// Works until no chunk is left, the run is stopped, or somebody interrupts. At most `workers` chunks are read at a time, and as many
 /// written.
 pub async fn work(crew: Arc<Crew>, workers: u16) -> Result<()> {
     let identities = Identities::default();
-    let ids: Vec<Uuid> = (0..workers.saturating_mul(LANES)).map(|_| identities.take()).collect();
+    let ids: Vec<Uuid> = (0..lanes(workers)).map(|_| identities.take()).collect();
     let turns =
         Arc::new(Turns { reading: Semaphore::new(workers.into()), writing: Semaphore::new(workers.into()) });
     let (_heartbeat, status) = Heartbeat::start(crew.target.clone(), crew.run, identities.clone()).await?;

@@ -118,6 +118,7 @@ impl BatchBuilder {
         if let Stage::Broken(error) = &self.stage {
             return Err(error.clone());
         }
+        make_room(&mut self.data, copy_data.len());
         self.data.extend_from_slice(copy_data);
         self.scan().inspect_err(|error| self.stage = Stage::Broken(error.clone()))
     }
@@ -144,8 +145,10 @@ impl BatchBuilder {
                     .hash_tuple(&self.data, scanner.offsets())
                     .map_err(|source| BatchError::Record { row, source })?;
                 self.checksum.add(&digests.row);
+                make_room(&mut self.digests, 1);
                 self.digests.push(digests);
                 scanner.next_tuple();
+                make_room(&mut self.starts, 1);
                 self.starts.push(scanner.start());
             }
             let end = scanner.start();
@@ -190,6 +193,15 @@ impl BatchBuilder {
             Stage::Broken(error) => Err(error),
             Stage::Header | Stage::Tuples(_) => Err(BatchError::Unfinished),
         }
+    }
+}
+
+/// Room for more at the end, an eighth at a time: doubling would leave a batch up to twice its size, and the allocator moves
+/// large blocks without copying them.
+fn make_room<T>(vec: &mut Vec<T>, more: usize) {
+    const LEAST: usize = 4096;
+    if vec.capacity() - vec.len() < more {
+        vec.reserve_exact(more.max(vec.len() / 8).max(LEAST));
     }
 }
 

@@ -9,6 +9,7 @@ mod migrate;
 mod names;
 mod protocol;
 mod quarantine;
+mod regressions;
 mod second_run;
 mod shapes;
 mod sql_source;

@@ -1,0 +1,436 @@
+//! What a review found broken once: each of these failed before it was mended.
+
+use std::time::Duration;
+
+use integration::check::{Books, LAST_RUN, assert_books};
+use integration::cluster::{Cluster, PRELOAD, Stop};
+use integration::db::{Db, describe, sqlstate};
+use integration::pair::{DATABASE, Pair};
+use integration::sidecar::{exit, failpoint};
+use tokio::time::sleep;
+
+/// A local run of one table, planned in small chunks; returns its id.
+async fn plan(db: &Db, source: &str, target: &str, options: &str) -> String {
+    let run: String = db.one("SELECT dedup.create_run('regression')::text").await;
+    db.exec(&format!("SELECT dedup.add_table('{run}', 'public.{source}', '{target}', options => '{options}')"))
+        .await;
+    db.exec(&format!("SELECT dedup.plan_chunks('{run}', 2000)")).await;
+    run
+}
+
+async fn migrate(db: &Db, source: &str, target: &str) {
+    let run = plan(db, source, target, "{}").await;
+    db.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+    assert_eq!(
+        db.one::<String>(&format!("SELECT status FROM dedup.runs WHERE run_id = '{run}'")).await,
+        "done"
+    );
+}
+
+async fn wait_until(db: &Db, condition: &str) {
+    for _ in 0..2_000 {
+        if db.one(&format!("SELECT {condition}")).await {
+            return;
+        }
+        sleep(Duration::from_millis(10)).await;
+    }
+    panic!("never came true: {condition}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_partition_that_came_later_is_guarded_too() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec(
+        "CREATE TABLE raw (id int PRIMARY KEY, body text); INSERT INTO raw SELECT n, 'body ' || n FROM generate_series(1, 400) AS n; \
+         CREATE TABLE dst (id int PRIMARY KEY, body text) PARTITION BY RANGE (id); \
+         CREATE TABLE dst_1 PARTITION OF dst FOR VALUES FROM (0) TO (1000)",
+    )
+    .await;
+    migrate(db, "raw", "dst").await;
+    db.exec(
+        "CREATE TABLE dst_2 PARTITION OF dst FOR VALUES FROM (1000) TO (2000); \
+         INSERT INTO raw SELECT n, 'body ' || n FROM generate_series(1001, 1400) AS n",
+    )
+    .await;
+    migrate(db, "raw", "dst").await;
+    let known = "SELECT count(*) FROM dedup.targets, jsonb_object_keys(filenodes)";
+    assert_eq!(db.one::<i64>(known).await, 2);
+    db.exec("TRUNCATE dst_2").await;
+    let run: String = db.one("SELECT dedup.create_run('after')::text").await;
+    let (state, message) = db.fails(&format!("SELECT dedup.add_table('{run}', 'public.raw', 'dst')")).await;
+    assert_eq!(state, "55000", "{message}");
+    assert!(message.contains("dst_2"), "{message}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stored_sql_is_the_owners_alone() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec(
+        "CREATE ROLE alice; CREATE ROLE mallory; GRANT USAGE ON SCHEMA dedup TO alice, mallory; \
+         GRANT EXECUTE ON ALL ROUTINES IN SCHEMA dedup TO alice, mallory; \
+         GRANT ALL ON ALL TABLES IN SCHEMA dedup TO alice, mallory; GRANT ALL ON ALL SEQUENCES IN SCHEMA dedup TO alice, mallory; \
+         GRANT CREATE ON SCHEMA public TO mallory; \
+         CREATE TABLE raw (id int PRIMARY KEY, body text); INSERT INTO raw VALUES (1, 'a'); \
+         CREATE TABLE dst (id int PRIMARY KEY, body text); GRANT ALL ON raw, dst TO alice, mallory",
+    )
+    .await;
+    let refused = async |sql: &str| {
+        let (state, message) = db.fails(sql).await;
+        assert_eq!(state, "42501", "{message}");
+        message
+    };
+    // Planning and migrating run the owner's SQL: not even a superuser does that for somebody else.
+    db.exec("SET ROLE mallory").await;
+    let run: String = db.one("SELECT dedup.create_run('trap')::text").await;
+    db.exec(&format!(
+        "SELECT dedup.add_table('{run}', 'public.raw', 'dst', options => '{{\"where\": \"id > 0\"}}')"
+    ))
+    .await;
+    db.exec("RESET ROLE").await;
+    let message = refused(&format!("SELECT dedup.plan_chunks('{run}')")).await;
+    assert!(message.contains("SET ROLE mallory"), "{message}");
+    db.exec(&format!("SET ROLE mallory; SELECT dedup.plan_chunks('{run}'); RESET ROLE")).await;
+    refused(&format!("SELECT dedup.migrate_chunk('{run}', '1:000001')")).await;
+    refused(&format!("CALL dedup.migrate_run('{run}')")).await;
+    // Nor can a run be put into somebody else's hands.
+    db.exec("SET ROLE mallory").await;
+    let owner: String =
+        db.one("INSERT INTO dedup.runs (name, owner) VALUES ('forged', 'alice') RETURNING owner::text").await;
+    assert_eq!(owner, "mallory");
+    refused(&format!("UPDATE dedup.runs SET owner = 'alice' WHERE run_id = '{run}'")).await;
+    // Nor can somebody else's run be given other SQL.
+    db.exec("SET ROLE alice").await;
+    refused(&format!(
+        "UPDATE dedup.run_tables SET local_options = '{{\"where\": \"true\"}}' WHERE run_id = '{run}'"
+    ))
+    .await;
+    refused(&format!("UPDATE dedup.run_tables SET source_spec = source_spec || '{{\"where\": \"true\"}}' WHERE run_id = '{run}'"))
+        .await;
+    refused(&format!("UPDATE dedup.run_tables SET layout = '{{}}' WHERE run_id = '{run}'")).await;
+    refused(&format!("SELECT dedup.add_table('{run}', 'public.raw', 'dst')")).await;
+    db.exec("SET ROLE mallory").await;
+    db.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+    db.exec("RESET ROLE").await;
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM dst").await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn migrate_run_leaves_a_workers_chunk_alone() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec(
+        "CREATE TABLE raw (id int PRIMARY KEY, body text); INSERT INTO raw SELECT n, 'body ' || n FROM generate_series(1, 400) AS n; \
+         CREATE TABLE dst (id int PRIMARY KEY, body text); \
+         CREATE FUNCTION gate() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_advisory_xact_lock_shared(7); RETURN NULL; END'; \
+         CREATE TRIGGER gate BEFORE INSERT ON dst FOR EACH STATEMENT EXECUTE FUNCTION gate()",
+    )
+    .await;
+    let run = plan(db, "raw", "dst", "{}").await;
+    db.exec("SELECT pg_advisory_lock(7)").await;
+    let session = pair.target_again().await;
+    let call = format!("CALL dedup.migrate_run('{run}')");
+    let running = tokio::spawn(async move { session.exec(&call).await });
+    wait_until(db, "EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND objid = 7 AND NOT granted)")
+        .await;
+    let worker = pair.target_again().await;
+    let taken: String =
+        worker.one(&format!("SELECT chunk_id FROM dedup.lease_chunk('{run}', gen_random_uuid())")).await;
+    db.exec("SELECT pg_advisory_unlock(7)").await;
+    running.await.expect("the session's task");
+    let state = "SELECT chunk_id FROM dedup.checkpoints WHERE status <> 'verified'";
+    assert_eq!(db.column(state).await, [taken.clone()]);
+    let status = format!("SELECT status FROM dedup.checkpoints WHERE chunk_id = '{taken}'");
+    assert_eq!(db.one::<String>(&status).await, "syncing");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn migrate_run_tries_a_deadlock_again() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec(
+        "CREATE TABLE raw (id int PRIMARY KEY, body text); INSERT INTO raw SELECT n, 'body ' || n FROM generate_series(1, 20) AS n; \
+         CREATE TABLE dst (id int PRIMARY KEY, body text); CREATE SEQUENCE tries; \
+         CREATE FUNCTION unlucky() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
+           IF nextval('tries') <= 2 THEN RAISE EXCEPTION 'unlucky' USING ERRCODE = 'deadlock_detected'; END IF; RETURN NULL; END $$; \
+         CREATE TRIGGER unlucky BEFORE INSERT ON dst FOR EACH STATEMENT EXECUTE FUNCTION unlucky()",
+    )
+    .await;
+    migrate(db, "raw", "dst").await;
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM dedup.events WHERE kind = 'chunk_retried'").await, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_written_chunk_cannot_be_failed() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec("CREATE TABLE raw (body text); INSERT INTO raw VALUES ('a'); CREATE TABLE dst (body text)").await;
+    let run = plan(db, "raw", "dst", "{}").await;
+    db.exec(&format!("SELECT dedup.migrate_chunk('{run}', '1:000001')")).await;
+    let lease: String = db.one("SELECT lease::text FROM dedup.checkpoints WHERE status = 'syncing'").await;
+    let answer: String =
+        db.one(&format!("SELECT dedup.fail_chunk('{run}', '1:000001', '{lease}', 'XX000', 'late')")).await;
+    assert_eq!(answer, "fenced");
+}
+
+/// Every refused row costs several attempts, and none of them may keep locks until the chunk ends.
+#[tokio::test(flavor = "multi_thread")]
+async fn refused_upserts_do_not_fill_the_lock_table() {
+    let pair = Pair::start_with(&["max_locks_per_transaction = 10", "max_connections = 20"]).await;
+    pair.both("CREATE TABLE public.notes (id int PRIMARY KEY, body text)").await;
+    pair.source.exec("INSERT INTO notes SELECT n, 'body ' || n FROM generate_series(1, 6000) AS n").await;
+    pair.run(&["public.notes"]).exits(exit::DONE).await;
+    let poison = "UPDATE {} SET body = CASE WHEN id % 3 = 0 THEN 'poison ' ELSE 'better ' END || id";
+    pair.source.exec(&poison.replace("{}", "notes")).await;
+    pair.target
+        .exec(
+            "ALTER TABLE notes ADD CHECK (body NOT LIKE 'poison%'); CREATE TABLE raw AS TABLE notes; ALTER TABLE raw ADD PRIMARY KEY (id)",
+        )
+        .await;
+    pair.run(&["public.notes"]).exits(exit::LEFT_ASIDE).await;
+    let expected = Books { source: 6_000, updated: 4_000, quarantined: 2_000, ..Books::default() };
+    assert_books(&pair.target, expected).await;
+    // The same in one SQL call.
+    pair.target
+        .exec("UPDATE raw SET body = CASE WHEN id % 3 = 0 THEN 'poison ' ELSE 'best ' END || id")
+        .await;
+    let run = plan(&pair.target, "raw", "notes", "{}").await;
+    pair.target.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+    let state: Option<String> = pair
+        .target
+        .one(&format!("SELECT string_agg(error_message, '; ') FROM dedup.checkpoints WHERE run_id = '{run}'"))
+        .await;
+    assert_eq!(state, None);
+    assert_books(&pair.target, expected).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn records_with_a_null_in_their_key_are_read_once() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec(
+        "CREATE TABLE raw (a int, b int, body text); \
+         INSERT INTO raw SELECT n % 20, n, 'body ' || n FROM generate_series(1, 1000) AS n; \
+         INSERT INTO raw SELECT n, NULL, 'half ' || n FROM generate_series(0, 19) AS n; \
+         INSERT INTO raw SELECT NULL, NULL, 'none ' || n FROM generate_series(1, 300) AS n; \
+         CREATE TABLE dst (a int, b int, body text, PRIMARY KEY (a, b))",
+    )
+    .await;
+    let run = plan(db, "raw", "dst", "{}").await;
+    let bounds = "SELECT count(*) FROM dedup.checkpoints WHERE NULL = ANY (range_lower) OR array_position(range_lower, NULL) IS NOT NULL";
+    assert_eq!(db.one::<i64>(bounds).await, 0);
+    db.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+    assert_books(db, Books { source: 1_320, inserted: 1_000, quarantined: 320, ..Books::default() }).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_logical_replication_applies_cools_the_filter() {
+    let pair = Pair::start_with(&["wal_level = logical"]).await;
+    let db = &pair.target;
+    db.exec(
+        "CREATE TABLE raw (id int PRIMARY KEY, body text); INSERT INTO raw SELECT n, 'body ' || n FROM generate_series(1, 50) AS n; \
+         CREATE TABLE dst (id int PRIMARY KEY, body text); CREATE PUBLICATION state FOR TABLE dedup.segment, dedup.segment_block",
+    )
+    .await;
+    let replica = Cluster::start(&[PRELOAD]);
+    let copy = Db::connect(&replica, "postgres").await;
+    copy.exec("CREATE EXTENSION pg_dedup_migrate").await;
+    copy.exec(&format!(
+        "CREATE SUBSCRIPTION state CONNECTION 'host={} port={} user=postgres dbname={DATABASE}' PUBLICATION state",
+        pair.target_cluster.dir().display(),
+        pair.target_cluster.port()
+    ))
+    .await;
+    wait_until(&copy, "(SELECT bool_and(srsubstate = 'r') FROM pg_subscription_rel)").await;
+    copy.exec("SELECT dedup.warm_filter()").await;
+    assert!(copy.one::<bool>("SELECT warm FROM dedup.filter_stats()").await);
+    migrate(db, "raw", "dst").await;
+    wait_until(&copy, "EXISTS (SELECT FROM dedup.segment_block)").await;
+    assert!(!copy.one::<bool>("SELECT warm FROM dedup.filter_stats()").await);
+    db.exec("SELECT dedup.forget_target('dst')").await;
+    wait_until(&copy, "NOT EXISTS (SELECT FROM dedup.segment_block)").await;
+    copy.exec("ALTER SUBSCRIPTION state DISABLE; ALTER SUBSCRIPTION state SET (slot_name = NONE)").await;
+}
+
+/// Many open chunks, one table that waits for another: a lease is a matter of milliseconds.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lease_does_not_look_at_every_chunk() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec(
+        "CREATE TABLE a (id int PRIMARY KEY, body text); CREATE TABLE b (id int PRIMARY KEY, a int REFERENCES a); \
+         CREATE TABLE raw_a (LIKE a); CREATE TABLE raw_b (LIKE b)",
+    )
+    .await;
+    let run: String = db.one("SELECT dedup.create_run('large')::text").await;
+    for table in ["a", "b"] {
+        db.exec(&format!(
+            "SELECT dedup.add_chunks('{run}', dedup.add_table('{run}', 'raw_{table}', '{table}'), \
+                (SELECT jsonb_agg(jsonb_build_object('kind', 'key', 'records', 1, 'bytes', 1)) FROM generate_series(1, 50000)))"
+        ))
+        .await;
+    }
+    db.exec("ANALYZE dedup.checkpoints").await;
+    db.exec(&format!(
+        "DO $$ DECLARE began timestamptz := clock_timestamp(); BEGIN \
+           FOR i IN 1..20 LOOP PERFORM dedup.lease_chunk('{run}', gen_random_uuid()); END LOOP; \
+           IF clock_timestamp() - began > interval '500 ms' THEN RAISE 'took %', clock_timestamp() - began; END IF; END $$"
+    ))
+    .await;
+}
+
+/// A worker that dies on the same chunk again and again ends in a failed chunk, not in an endless loop.
+#[tokio::test(flavor = "multi_thread")]
+async fn leases_that_run_out_are_counted() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec("CREATE TABLE raw (id int PRIMARY KEY); INSERT INTO raw VALUES (1); CREATE TABLE dst (id int PRIMARY KEY)").await;
+    let run: String = db
+        .one("SELECT dedup.create_run('deadly', '{\"lease_seconds\": 0.01, \"max_attempts\": 2}')::text")
+        .await;
+    db.exec(&format!("SELECT dedup.add_table('{run}', 'public.raw', 'dst'); SELECT dedup.plan_chunks('{run}')"))
+        .await;
+    let lease = format!("SELECT count(*) FROM dedup.lease_chunk('{run}', gen_random_uuid())");
+    for leased in [1, 1, 0] {
+        assert_eq!(db.one::<i64>(&lease).await, leased);
+        sleep(Duration::from_millis(30)).await;
+    }
+    assert_eq!(db.one::<String>("SELECT status || attempts FROM dedup.checkpoints").await, "failed2");
+}
+
+/// A chunk that somebody still holds is passed by: nobody waits for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_held_row_does_not_stop_others_from_leasing() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec(
+        "CREATE TABLE raw (id int PRIMARY KEY, body text); INSERT INTO raw SELECT n, 'body ' || n FROM generate_series(1, 400) AS n; \
+         CREATE TABLE dst (id int PRIMARY KEY, body text)",
+    )
+    .await;
+    let run = plan(db, "raw", "dst", "{}").await;
+    db.exec(&format!("UPDATE dedup.runs SET options = '{{\"lease_seconds\": 0.01}}' WHERE run_id = '{run}'"))
+        .await;
+    let holder = pair.target_again().await;
+    let taken: String =
+        db.one(&format!("SELECT chunk_id FROM dedup.lease_chunk('{run}', gen_random_uuid())")).await;
+    holder.exec(&format!("BEGIN; SELECT FROM dedup.checkpoints WHERE chunk_id = '{taken}' FOR UPDATE")).await;
+    sleep(Duration::from_millis(30)).await;
+    // The lease's own backend is this one, which nobody ends; the row is somebody else's.
+    db.exec("SET lock_timeout = '2s'").await;
+    let other: String =
+        db.one(&format!("SELECT chunk_id FROM dedup.lease_chunk('{run}', gen_random_uuid())")).await;
+    assert_ne!(other, taken);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn privileges_that_upserts_need_are_asked_for_at_once() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec(
+        "CREATE ROLE loader; GRANT USAGE ON SCHEMA dedup TO loader; GRANT EXECUTE ON ALL ROUTINES IN SCHEMA dedup TO loader; \
+         GRANT ALL ON ALL TABLES IN SCHEMA dedup TO loader; GRANT ALL ON ALL SEQUENCES IN SCHEMA dedup TO loader; \
+         CREATE TABLE dst (id int PRIMARY KEY); GRANT SELECT, INSERT ON dst TO loader; SET ROLE loader",
+    )
+    .await;
+    let run: String = db.one("SELECT dedup.create_run('poor')::text").await;
+    let (state, message) = db.fails(&format!("SELECT dedup.add_table('{run}', 'public.raw', 'dst')")).await;
+    assert_eq!(state, "42501", "{message}");
+    assert!(message.contains("GRANT SELECT, INSERT, UPDATE, DELETE ON"), "{message}");
+}
+
+/// COPY may write an identity column GENERATED ALWAYS, UPDATE may not: rows go in, and change as long as that column does not.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_identity_beside_the_key() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec(
+        "CREATE TABLE raw (id int PRIMARY KEY, serial int, body text); \
+         INSERT INTO raw SELECT n, n + 1000, 'body ' || n FROM generate_series(1, 20) AS n; \
+         CREATE TABLE dst (id int PRIMARY KEY, serial int GENERATED ALWAYS AS IDENTITY, body text)",
+    )
+    .await;
+    migrate(db, "raw", "dst").await;
+    db.exec("UPDATE raw SET body = 'better'").await;
+    migrate(db, "raw", "dst").await;
+    assert_eq!(
+        db.one::<i64>("SELECT count(*) FROM dst WHERE body = 'better' AND serial = id + 1000").await,
+        20
+    );
+    db.exec("UPDATE raw SET serial = serial + 1").await;
+    let run = plan(db, "raw", "dst", "{}").await;
+    let (state, message) = db
+        .fails(&format!(
+            "SELECT dedup.migrate_chunk('{run}', chunk_id) FROM dedup.checkpoints WHERE run_id = '{run}'"
+        ))
+        .await;
+    assert_eq!(state, "428C9", "{message}");
+    assert!(message.contains("SET GENERATED BY DEFAULT"), "{message}");
+}
+
+/// `run` is gone and the server was restarted: `work` says what it waits for, warms the filter and ends the run.
+#[tokio::test(flavor = "multi_thread")]
+async fn work_ends_what_run_began() {
+    let mut pair = Pair::start().await;
+    pair.both("CREATE TABLE public.notes (id int PRIMARY KEY, body text)").await;
+    pair.source.exec("INSERT INTO notes SELECT n, 'body ' || n FROM generate_series(1, 3000) AS n").await;
+    let run = pair.run(&["public.notes"]).workers(1).chunk_size("10kB").args(&["--lease-seconds", "10"]);
+    run.killed_at(&format!("{}@4", failpoint::LEASED)).await;
+    let seconds: String = pair.target.one("SELECT options ->> 'lease_seconds' FROM dedup.runs").await;
+    assert_eq!(seconds, "10");
+    pair.target_cluster.restart(Stop::Fast);
+    pair.reconnect_target().await;
+    assert!(!pair.target.one::<bool>("SELECT warm FROM dedup.filter_stats()").await);
+    let output = pair.sidecar("work").arg("last").exits(exit::DONE).await;
+    output.says("the filter was cold").says("gave no heartbeat for");
+    assert!(pair.target.one::<bool>("SELECT warm FROM dedup.filter_stats()").await);
+    let status: String =
+        pair.target.one(&format!("SELECT status FROM dedup.runs WHERE run_id = {LAST_RUN}")).await;
+    assert_eq!(status, "done");
+    assert_eq!(pair.target.one::<i64>("SELECT count(*) FROM notes").await, 3_000);
+}
+
+/// A value that cannot be cast is named by nobody but the session that met it.
+#[tokio::test(flavor = "multi_thread")]
+async fn values_stay_out_of_messages() {
+    let pair = Pair::start().await;
+    let raw = "CREATE TABLE public.raw (id int PRIMARY KEY, amount text); \
+               INSERT INTO raw SELECT n, n::text FROM generate_series(1, 100) AS n; \
+               INSERT INTO raw VALUES (101, 'SECRET'), (102, '99999999999')";
+    pair.both(raw).await;
+    pair.target.exec("CREATE TABLE public.dst (id int PRIMARY KEY, amount int)").await;
+    let output = pair.run(&["public.raw=public.dst"]).exits(exit::ERROR).await;
+    output.says("invalid input syntax for type integer");
+    assert!(!output.describe().contains("SECRET"), "{}", output.describe());
+    let run = plan(&pair.target, "raw", "dst", "{}").await;
+    pair.target.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+    let told = pair
+        .target
+        .column("SELECT error_message FROM dedup.checkpoints UNION ALL SELECT detail::text FROM dedup.events")
+        .await
+        .join("\n");
+    assert!(told.contains("invalid input syntax for type integer"), "{told}");
+    assert!(!told.contains("SECRET") && !told.contains("99999999999"), "{told}");
+}
+
+/// Two runs that are created at the same time cannot both take a target.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_runs_cannot_take_one_target_at_once() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec("CREATE TABLE raw (id int PRIMARY KEY); CREATE TABLE dst (id int PRIMARY KEY)").await;
+    let runs = [
+        db.one::<String>("SELECT dedup.create_run('first')::text").await,
+        db.one::<String>("SELECT dedup.create_run('second')::text").await,
+    ];
+    db.exec(&format!("BEGIN; SELECT dedup.add_table('{}', 'public.raw', 'dst')", runs[0])).await;
+    let other = pair.target_again().await;
+    let add = format!("SELECT dedup.add_table('{}', 'public.raw', 'dst')", runs[1]);
+    let second = tokio::spawn(async move { other.try_exec(&add).await });
+    let watch = pair.target_again().await;
+    wait_until(&watch, "EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted)").await;
+    db.exec("COMMIT").await;
+    let error = second.await.expect("the session's task").expect_err("both took the target");
+    assert_eq!(sqlstate(&error), "55006", "{}", describe(&error));
+}
