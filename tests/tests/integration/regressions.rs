@@ -12,8 +12,10 @@ use tokio::time::sleep;
 /// A local run of one table, planned in small chunks; returns its id.
 async fn plan(db: &Db, source: &str, target: &str, options: &str) -> String {
     let run: String = db.one("SELECT dedup.create_run('regression')::text").await;
-    db.exec(&format!("SELECT dedup.add_table('{run}', 'public.{source}', '{target}', options => '{options}')"))
-        .await;
+    db.exec(&format!(
+        "SELECT dedup.add_table('{run}', 'public.{source}', '{target}', options => '{options}')"
+    ))
+    .await;
     db.exec(&format!("SELECT dedup.plan_chunks('{run}', 2000)")).await;
     run
 }
@@ -179,7 +181,7 @@ async fn a_written_chunk_cannot_be_failed() {
 async fn refused_upserts_do_not_fill_the_lock_table() {
     let pair = Pair::start_with(&["max_locks_per_transaction = 10", "max_connections = 20"]).await;
     pair.both("CREATE TABLE public.notes (id int PRIMARY KEY, body text)").await;
-    pair.source.exec("INSERT INTO notes SELECT n, 'body ' || n FROM generate_series(1, 6000) AS n").await;
+    pair.source.exec("INSERT INTO notes SELECT n, 'body ' || n FROM generate_series(1, 1500) AS n").await;
     pair.run(&["public.notes"]).exits(exit::DONE).await;
     let poison = "UPDATE {} SET body = CASE WHEN id % 3 = 0 THEN 'poison ' ELSE 'better ' END || id";
     pair.source.exec(&poison.replace("{}", "notes")).await;
@@ -189,7 +191,7 @@ async fn refused_upserts_do_not_fill_the_lock_table() {
         )
         .await;
     pair.run(&["public.notes"]).exits(exit::LEFT_ASIDE).await;
-    let expected = Books { source: 6_000, updated: 4_000, quarantined: 2_000, ..Books::default() };
+    let expected = Books { source: 1_500, updated: 1_000, quarantined: 500, ..Books::default() };
     assert_books(&pair.target, expected).await;
     // The same in one SQL call.
     pair.target
@@ -289,8 +291,10 @@ async fn leases_that_run_out_are_counted() {
     let run: String = db
         .one("SELECT dedup.create_run('deadly', '{\"lease_seconds\": 0.01, \"max_attempts\": 2}')::text")
         .await;
-    db.exec(&format!("SELECT dedup.add_table('{run}', 'public.raw', 'dst'); SELECT dedup.plan_chunks('{run}')"))
-        .await;
+    db.exec(&format!(
+        "SELECT dedup.add_table('{run}', 'public.raw', 'dst'); SELECT dedup.plan_chunks('{run}')"
+    ))
+    .await;
     let lease = format!("SELECT count(*) FROM dedup.lease_chunk('{run}', gen_random_uuid())");
     for leased in [1, 1, 0] {
         assert_eq!(db.one::<i64>(&lease).await, leased);
