@@ -82,9 +82,10 @@ BEGIN
         RETURN;
     END IF;
     PERFORM dedup.end_stale_leases(run);
-    -- Tables whose parents are written, once a lease and not once a chunk.
-    ready := ARRAY(SELECT t.table_id FROM dedup.run_tables AS t WHERE t.run_id = run AND NOT EXISTS (SELECT FROM dedup.checkpoints AS parent
-        WHERE parent.run_id = run AND parent.table_id = ANY (t.depends_on) AND parent.status IN ('pending', 'syncing') AND parent.written_at IS NULL));
+    -- Tables whose parents are written, once a lease and not once a chunk; a scalar look-up a parent, so that an index answers it.
+    ready := ARRAY(SELECT t.table_id FROM dedup.run_tables AS t WHERE t.run_id = run AND NOT EXISTS (SELECT FROM unnest(t.depends_on) AS p(id)
+        WHERE (SELECT true FROM dedup.checkpoints AS parent WHERE parent.run_id = run AND parent.table_id = p.id
+               AND parent.status IN ('pending', 'syncing') AND parent.written_at IS NULL LIMIT 1)));
     SELECT c.* INTO picked FROM dedup.checkpoints AS c
     WHERE c.run_id = run AND c.status = 'pending' AND c.table_id = ANY (ready) AND (c.not_before IS NULL OR c.not_before <= clock_timestamp())
     ORDER BY c.chunk_no FOR UPDATE OF c SKIP LOCKED LIMIT 1;
