@@ -142,7 +142,7 @@ async fn migrate_run_leaves_a_workers_chunk_alone() {
     db.exec("SELECT pg_advisory_unlock(7)").await;
     running.await.expect("the session's task");
     let state = "SELECT chunk_id FROM dedup.checkpoints WHERE status <> 'verified'";
-    assert_eq!(db.column(state).await, [taken.clone()]);
+    assert_eq!(db.column(state).await, std::slice::from_ref(&taken));
     let status = format!("SELECT status FROM dedup.checkpoints WHERE chunk_id = '{taken}'");
     assert_eq!(db.one::<String>(&status).await, "syncing");
 }
