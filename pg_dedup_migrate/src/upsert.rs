@@ -146,7 +146,6 @@ fn updated_before(chunk: &OpenChunk) -> Result<HashSet<Vec<u8>>> {
                 None,
                 &[chunk.run.into(), chunk.chunk_id.as_str().into()],
             )?
-            .into_iter()
             .map(|row| required(row["key"].value()?))
             .collect()
     })
@@ -165,7 +164,6 @@ fn written_by_this_pass<'k>(
                 None,
                 &[chunk.run.into(), chunk.pass.into(), chunk.target_id.into()],
             )?
-            .into_iter()
             .map(|row| {
                 let ordinal: i64 = required(row["ordinal"].value()?)?;
                 Ok((ordinal as u64, row["chunk_id"].value::<String>()?.as_ref() == Some(&chunk.chunk_id)))
@@ -297,7 +295,6 @@ fn generated_always(chunk: &OpenChunk) -> Result<Vec<String>> {
                 None,
                 &[chunk.target.into()],
             )?
-            .into_iter()
             .map(|row| required(row["name"].value()?))
             .filter(|name: &Result<String>| match name {
                 Ok(name) => chunk.layout.columns.iter().any(|column| column.name == *name),
@@ -380,7 +377,6 @@ fn refuse_to_cascade(
                 None,
                 &[chunk.target.into()],
             )?
-            .into_iter()
             .map(|row| {
                 Ok((
                     required(row["name"].value()?)?,
@@ -417,7 +413,9 @@ fn keep_before_images(
     /// Images are written in batches of about this many bytes.
     const BATCH_BYTES: usize = 8 << 20;
     let ordinal = draw_ordinal(chunk)?;
-    let (mut keys, mut hashes, mut images): (Vec<Vec<u8>>, Vec<Vec<u8>>, Vec<Vec<u8>>) = Default::default();
+    let mut keys: Vec<Vec<u8>> = Vec::new();
+    let mut hashes: Vec<Vec<u8>> = Vec::new();
+    let mut images: Vec<Vec<u8>> = Vec::new();
     let mut bytes = 0;
     let mut kept = 0;
     let mut flush = |keys: &mut Vec<Vec<u8>>,
