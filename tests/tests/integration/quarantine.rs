@@ -167,11 +167,12 @@ async fn key_collisions_within_a_run() {
     assert_books(&pair.target, expected).await;
     let reasons = pair.target.column("SELECT DISTINCT reason FROM dedup.quarantine").await;
     assert_eq!(reasons, ["key_collision"]);
-    let overwritten: i64 = pair
+    let of_the_second: i64 = pair
         .target
         .one("SELECT count(*) FROM public.records WHERE id BETWEEN 901 AND 1000 AND label <> 'record ' || id")
         .await;
-    assert_eq!(overwritten, 0, "rows of the first table that the second wrote over");
+    // Either table may come first; whichever did, none of its rows is written over.
+    assert!([0, 100].contains(&of_the_second), "{of_the_second} of 100 rows are the second table's");
 }
 
 /// Changed rows that the target refuses: the rows stay as they are, and the others are updated. Once the cause is
