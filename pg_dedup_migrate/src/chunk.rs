@@ -267,7 +267,6 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
                 Some(1),
                 &[run.into(), chunk_id.into()],
             )?
-            .into_iter()
             .next()
             .ok_or_else(|| Error::undefined(format!("run {run} has no chunk {chunk_id}")))?;
         let status: String = required(found["status"].value()?)?;

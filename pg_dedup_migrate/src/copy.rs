@@ -183,7 +183,7 @@ unsafe fn may_copy_into(relation: pg_sys::Relation, table: pg_sys::Oid) -> Resul
     // SAFETY: catalog look-ups about an open relation, by the caller's promise.
     let (granted, row_security, system) = unsafe {
         (
-            pg_sys::pg_class_aclcheck(table, pg_sys::GetUserId(), pg_sys::ACL_INSERT.into()),
+            pg_sys::pg_class_aclcheck(table, pg_sys::GetUserId(), pg_sys::ACL_INSERT),
             pg_sys::check_enable_rls(table, pg_sys::InvalidOid, true),
             pg_sys::IsSystemRelation(relation),
         )

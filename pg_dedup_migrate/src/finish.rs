@@ -119,7 +119,6 @@ pub fn finish(
     claims::verify_ours(chunk.scope(), manifest.iter().map(|e| e.digest.as_bytes()))?;
     check_refused_replacements(chunk, &manifest, &tombstones)?;
 
-    refuse_content_twice(chunk, &manifest, &tombstones)?;
     write_segment(chunk.target_id, ordinal as u64, &manifest, &tombstones)?;
     write_ledger(chunk, ordinal, ledger, books.counts[DUPLICATE])?;
     if !chunk.keyless() {
@@ -203,26 +202,6 @@ fn check_refused_replacements(
             .detail(format!("The row is {}.", chunk.key_types.query_string(key)?))
             .hint("mend what the target refused to replace the row for, then requeue the chunk"));
         }
-    }
-    Ok(())
-}
-
-/// A row that was to be replaced counted as gone when its old content was claimed. If it stays after all, nobody may have written that content.
-fn refuse_content_twice(
-    chunk: &OpenChunk,
-    manifest: &[wire::ManifestEntry<'_>],
-    tombstones: &[(Digest, Vec<u8>)],
-) -> Result<()> {
-    let stays = |digest: &[u8; 32], key: &[u8]| {
-        tombstones.binary_search_by(|(d, k)| (d.as_bytes(), k.as_slice()).cmp(&(digest, key))).is_err()
-    };
-    let written = |digest: &[u8; 32]| manifest.binary_search_by(|e| e.digest.as_bytes().cmp(digest)).is_ok();
-    if chunk.leaving.iter().any(|(digest, key)| stays(digest, key) && written(digest)) {
-        return Err(Error::new(
-            PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE,
-            "the content of a row that could not be replaced was written again",
-        )
-        .hint("call dedup.keep_rows for refused replacements before new rows are written"));
     }
     Ok(())
 }

@@ -57,8 +57,7 @@ impl Target {
     /// 42704 when it has none, 42501 without SELECT on it.
     pub fn of(table: pg_sys::Oid) -> Result<Self> {
         // SAFETY: catalog look-ups inside a transaction.
-        let granted =
-            unsafe { pg_sys::pg_class_aclcheck(table, pg_sys::GetUserId(), pg_sys::ACL_SELECT.into()) };
+        let granted = unsafe { pg_sys::pg_class_aclcheck(table, pg_sys::GetUserId(), pg_sys::ACL_SELECT) };
         if granted != pg_sys::AclResult::ACLCHECK_OK {
             return Err(Error::new(
                 PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
@@ -167,7 +166,6 @@ impl Origins {
                     None,
                     &[target_id.into()],
                 )?
-                .into_iter()
                 .map(|row| {
                     let ordinal: i64 = required(row["ordinal"].value()?)?;
                     Ok((ordinal as u64, (row["run_id"].value()?, row["chunk_id"].value()?)))
@@ -290,7 +288,6 @@ fn warm() -> Result<i64> {
     let targets: Vec<i32> = Spi::connect(|client| -> Result<Vec<i32>> {
         client
             .select("SELECT target_id FROM dedup.targets", None, &[])?
-            .into_iter()
             .map(|row| required(row["target_id"].value()?))
             .collect()
     })?;

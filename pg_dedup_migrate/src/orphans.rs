@@ -31,7 +31,6 @@ fn orphans(
     let targets: Vec<i32> = Spi::connect(|client| -> Result<Vec<i32>> {
         client
             .select("SELECT DISTINCT target_id FROM dedup.run_tables WHERE run_id = $1", None, &[run.into()])?
-            .into_iter()
             .map(|row| required(row["target_id"].value()?))
             .collect()
     })?;

@@ -56,7 +56,7 @@ impl Table {
             Access::Insert => (pg_sys::RowExclusiveLock, pg_sys::ACL_INSERT),
         };
         // SAFETY: plain catalog look-ups inside a transaction.
-        let granted = unsafe { pg_sys::pg_class_aclcheck(oid, pg_sys::GetUserId(), privilege.into()) };
+        let granted = unsafe { pg_sys::pg_class_aclcheck(oid, pg_sys::GetUserId(), privilege) };
         if granted != pg_sys::AclResult::ACLCHECK_OK {
             return Err(Error::new(
                 PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
