@@ -26,6 +26,8 @@ mod keyset;
 mod local;
 mod lookup;
 mod orphans;
+#[cfg(test)]
+pub mod pg_test;
 mod planning;
 mod protocol;
 mod relation;

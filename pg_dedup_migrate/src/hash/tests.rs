@@ -70,7 +70,7 @@ mod tests {
             let wrong: Option<i64> = get(&format!(
                 "WITH v AS MATERIALIZED (SELECT {expression} AS v FROM generate_series(0, 999) i)
                  SELECT count(*) FROM v
-                 WHERE content_hash(v) <> sha256(int4send(octet_length({send}(v))) || {send}(v))"
+                 WHERE dedup.content_hash(v) <> sha256(int4send(octet_length({send}(v))) || {send}(v))"
             ));
             assert_eq!(wrong, Some(0), "{expression}");
         }
@@ -83,7 +83,7 @@ mod tests {
         run("INSERT INTO wide SELECT repeat('x', n), repeat('y', n), decode(repeat('00', n), 'hex')
              FROM unnest(ARRAY[1, 125, 126, 127, 2100, 9000, 3000000]) n");
         let wrong: Option<i64> = get(
-            "SELECT count(*) FROM wide WHERE content_hash(a, b, c) <> sha256(
+            "SELECT count(*) FROM wide WHERE dedup.content_hash(a, b, c) <> sha256(
              int4send(length(a)) || a::bytea || int4send(length(b)) || b::bytea || int4send(length(c)) || c)",
         );
         assert_eq!(wrong, Some(0));
@@ -93,7 +93,7 @@ mod tests {
     fn nested_types_lose_their_oids() {
         run("CREATE TYPE mood AS ENUM ('sad', 'ok')");
         run("CREATE TYPE pair AS (a int, m mood[])");
-        let hash: Option<Vec<u8>> = get("SELECT content_hash(ROW(1, '{ok,NULL}')::pair)");
+        let hash: Option<Vec<u8>> = get("SELECT dedup.content_hash(ROW(1, '{ok,NULL}')::pair)");
         let expected: Option<Vec<u8>> = get(r"SELECT sha256('\x00000036 00000002 00000000 00000004 00000001
              00000000 0000001e 00000001 00000001 00000000 00000002 00000001 00000002 6f6b ffffffff')");
         assert_eq!(hash, expected);
@@ -102,17 +102,17 @@ mod tests {
     #[pg_test(error = "content_hash does not take a whole row as one argument")]
     fn whole_rows_are_refused() {
         run("CREATE TABLE whole (a int); INSERT INTO whole VALUES (1)");
-        run("SELECT content_hash(t.*) FROM whole t");
+        run("SELECT dedup.content_hash(t.*) FROM whole t");
     }
 
     #[pg_test(error = "argument 2 of content_hash is a literal of unknown type")]
     fn unknown_literals_are_refused() {
-        run("SELECT content_hash(1, 'x')");
+        run("SELECT dedup.content_hash(1, 'x')");
     }
 
     #[pg_test(error = "cannot hash values of type regclass[]")]
     fn catalog_references_are_refused_inside_arrays() {
-        run("SELECT content_hash(ARRAY['pg_class'::regclass])");
+        run("SELECT dedup.content_hash(ARRAY['pg_class'::regclass])");
     }
 
     #[pg_test]
@@ -138,7 +138,7 @@ mod tests {
         for (id, digests) in seen.iter().enumerate().step_by(97) {
             let expected = |columns: &str| -> Digest {
                 let hash: Option<Vec<u8>> =
-                    get(&format!("SELECT content_hash({columns}) FROM scanned WHERE id = {}", id + 1));
+                    get(&format!("SELECT dedup.content_hash({columns}) FROM scanned WHERE id = {}", id + 1));
                 Digest::from_slice(&hash.unwrap()).unwrap()
             };
             assert_eq!(digests.content, expected("n, a, t"));
