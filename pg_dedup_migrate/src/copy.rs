@@ -6,6 +6,7 @@ use std::ffi::{CString, c_int, c_void};
 
 use bytes::{Buf, Bytes};
 use pg_dedup_record::layout::Layout;
+use pg_dedup_record::refusal::refuses_record;
 use pg_dedup_record::{Batch, pgcopy};
 use pgrx::prelude::*;
 use pgrx::{PgTryBuilder, pg_guard, pg_sys};
@@ -106,11 +107,6 @@ pub fn attempt(
 /// The five characters of a packed SQLSTATE: six bits each, counted from '0' (MAKE_SQLSTATE of utils/elog.h).
 fn sqlstate(code: PgSqlErrorCode) -> String {
     (0..5).map(|i| char::from(b'0' + ((code as u32 >> (6 * i)) & 0x3f) as u8)).collect()
-}
-
-/// Does an error of this SQLSTATE lie in the record that is being written?
-fn refuses_record(sqlstate: &str) -> bool {
-    matches!(&sqlstate[..2], "22" | "23" | "44") || sqlstate == "P0001"
 }
 
 /// Copies rows of a batch into `table`, in their order; returns how many the table took.

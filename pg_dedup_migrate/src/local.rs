@@ -6,6 +6,7 @@ use std::collections::HashSet;
 
 use pg_dedup_record::fold::{Fold, FoldError, Refusal, Way};
 use pg_dedup_record::layout::Layout;
+use pg_dedup_record::refusal::condition_name;
 use pg_dedup_record::{Batch, BatchBuilder, WritePlan, pgcopy, wire};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -335,23 +336,6 @@ fn staging_table(chunk: &OpenChunk) -> Result<pg_sys::Oid> {
 
 fn packed(verdicts: &[claim::Verdict]) -> Vec<u8> {
     verdicts.iter().map(|&v| v as u8).collect()
-}
-
-/// The names of the conditions that are met most; others go by their SQLSTATE.
-fn condition_name(sqlstate: &str) -> &str {
-    match sqlstate {
-        "22001" => "string_data_right_truncation",
-        "22003" => "numeric_value_out_of_range",
-        "22021" => "character_not_in_repertoire",
-        "23502" => "not_null_violation",
-        "23503" => "foreign_key_violation",
-        "23505" => "unique_violation",
-        "23514" => "check_violation",
-        "23P01" => "exclusion_violation",
-        "44000" => "with_check_option_violation",
-        "P0001" => "raise_exception",
-        other => other,
-    }
 }
 
 fn set_aside(chunk: &OpenChunk, fold: &Fold<'_>, batch: &Batch) -> Result<()> {

@@ -6,11 +6,12 @@
 use bytes::Bytes;
 use futures_util::SinkExt;
 use pg_dedup_record::fold::{Refusal, Way};
+use pg_dedup_record::refusal::{condition_name, refuses_record};
 use pg_dedup_record::{Batch, WritePlan, pgcopy};
 use tokio_postgres::Statement;
 
 use crate::conn::protocol_error;
-use crate::error::{At, Error, Result, Side, condition_name, refuses_record};
+use crate::error::{At, Error, Result, Side};
 use crate::failpoint::{self, Failpoint};
 use crate::protocol::ChunkCalls;
 use crate::tables::TableWork;

@@ -17,6 +17,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::OnceLock;
 
 use crate::key_list::KeyList;
+pub use crate::refusal::Refusal;
 use crate::wire::{self, LedgerEntry, ManifestEntry, WireError, encode_key};
 use crate::{Batch, BatchError, Checksum, Groups};
 
@@ -88,36 +89,6 @@ enum Key {
     Changed,
     /// An earlier record of this chunk has the same key and the same content: never written for itself.
     Repeated,
-}
-
-/// Why a record was refused.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Refusal {
-    /// SQLSTATE.
-    pub sqlstate: String,
-    /// Name of the condition, or `key_collision`, `null_key`.
-    pub reason: String,
-    /// The target's message.
-    pub message: String,
-}
-
-impl Refusal {
-    /// A record whose key another record of this pass has already.
-    pub fn key_collision() -> Refusal {
-        Refusal {
-            sqlstate: "23505".into(),
-            reason: "key_collision".into(),
-            message: "another record of this pass has the same key and other content".into(),
-        }
-    }
-
-    fn null_key() -> Refusal {
-        Refusal {
-            sqlstate: "23502".into(),
-            reason: "null_key".into(),
-            message: "a key column is null".into(),
-        }
-    }
 }
 
 /// A refused record.

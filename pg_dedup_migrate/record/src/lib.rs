@@ -30,6 +30,7 @@
 //! | [`block`] | packed sorted entries of the hash index and the ledger |
 //! | [`batch`] | the rows of one chunk in memory, and their groups |
 //! | [`fold`] | what becomes of each record of a chunk |
+//! | [`refusal`] | which errors lie in a record, and their names |
 //! | [`write_plan`] | finding the rows that a target refuses |
 //! | [`range`] | chunk boundaries from a sample |
 #![forbid(unsafe_code)]
@@ -45,6 +46,7 @@ pub mod layout;
 pub mod pgcopy;
 pub mod range;
 pub mod record;
+pub mod refusal;
 pub mod wire;
 pub mod write_plan;
 
