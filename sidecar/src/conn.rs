@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use backon::{ExponentialBuilder, Retryable};
+use tokio::task::JoinHandle;
 use tokio_postgres::config::{ChannelBinding, SslNegotiation, TargetSessionAttrs};
 use tokio_postgres::{CancelToken, Client, Statement};
 use tokio_postgres_rustls::MakeRustlsConnect;
@@ -52,6 +53,9 @@ impl Role {
     }
 }
 
+/// How long a session's end may take.
+const GOODBYE: Duration = Duration::from_secs(1);
+
 /// One server and how to reach it.
 pub struct Endpoint {
     /// Source or target.
@@ -89,7 +93,8 @@ impl Endpoint {
             .await
             .map_err(|e| Error::driver(self.side, &format!("can't connect to {}", self.info), e))?;
         let side = self.side;
-        tokio::spawn(async move {
+        // On the runtime of whoever connects: a lane's sessions live on its thread.
+        let driver = tokio::spawn(async move {
             if let Err(error) = connection.await {
                 tracing::debug!("{side}: connection ended: {error}");
             }
@@ -99,6 +104,7 @@ impl Endpoint {
             cancel: client.cancel_token(),
             tls: self.tls.clone(),
             client,
+            driver,
             statements: Mutex::default(),
         };
         session.client.batch_execute(&settings(side, role)).await.at(side, "setting up the session")?;
@@ -139,6 +145,7 @@ pub struct Session {
     pub client: Client,
     cancel: CancelToken,
     tls: MakeRustlsConnect,
+    driver: JoinHandle<()>,
     statements: Mutex<HashMap<String, Statement>>,
 }
 
@@ -157,6 +164,15 @@ impl Session {
     /// Whether the connection is gone.
     pub fn is_closed(&self) -> bool {
         self.client.is_closed()
+    }
+
+    /// Says goodbye to the server before the runtime that the session lives on goes away; best effort.
+    pub async fn close(self) {
+        let Session { client, driver, .. } = self;
+        drop(client);
+        if tokio::time::timeout(GOODBYE, driver).await.is_err() {
+            tracing::debug!("{}: the connection takes too long to close", self.side);
+        }
     }
 
     /// Ends what the session is doing on the server; best effort, the caller drops the session next.

@@ -161,6 +161,11 @@ pub async fn others(session: &Session, run: Uuid, chunk_id: &str) -> Result<(i64
     Ok((row.try_get(0).at(session.side, doing)?, row.try_get(1).at(session.side, doing)?))
 }
 
+/// For calls whose arguments are megabytes: planning for their very values copies them, several times, and gains nothing.
+pub const GENERIC_PLANS: &str = "SET LOCAL plan_cache_mode = force_generic_plan";
+/// For what triggers of the target do: plans as the session has them.
+pub const USUAL_PLANS: &str = "SET LOCAL plan_cache_mode TO DEFAULT";
+
 /// One chunk's transaction on the target.
 #[derive(Clone, Copy)]
 pub struct ChunkCalls<'a> {
@@ -180,8 +185,9 @@ impl ChunkCalls<'_> {
         let client = &self.session.client;
         let parameters: &Parameters<'_> = &[&self.run, &self.chunk_id, &token];
         // One round trip for both: the driver sends them in this order.
+        let begin = format!("BEGIN; {GENERIC_PLANS}");
         let (begun, row) =
-            tokio::join!(client.batch_execute("BEGIN"), client.query_one(&statement, parameters));
+            tokio::join!(client.batch_execute(&begin), client.query_one(&statement, parameters));
         begun.at(Side::Target, "begin")?;
         row.and_then(|row| row.try_get(0)).at(Side::Target, "begin_chunk")
     }

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
+use tokio::sync::Notify;
 use uuid::Uuid;
 
 use crate::config::{DEFAULT_ERROR_BUDGET, Job};
@@ -201,6 +202,7 @@ async fn work_chunks(
         counters: counters.clone(),
         stop: stop.clone(),
         deferred: Mutex::default(),
+        news: Notify::new(),
         told_waiting: Mutex::default(),
     };
     let _progress = Progress::show(counters, plan);

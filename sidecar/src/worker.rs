@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use backon::{BackoffBuilder, ExponentialBuilder};
 use pg_dedup_record::Batch;
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{Notify, Semaphore, SemaphorePermit};
 use uuid::Uuid;
 
 use crate::chunk::{self, ChunkContext};
@@ -40,6 +40,8 @@ pub struct Crew {
     pub stop: Stop,
     /// Chunks given back for a foreign key: how many chunks were verified then.
     pub deferred: Mutex<HashMap<String, i64>>,
+    /// A chunk ended: whoever is idle looks again whether there is something to take.
+    pub news: Notify,
     /// When it was last said that chunks wait for the leases of silent workers.
     pub told_waiting: Mutex<Option<Instant>>,
 }
@@ -98,7 +100,7 @@ pub async fn work(crew: Arc<Crew>, workers: u16) -> Result<()> {
             asked_for_warmth: false,
             spent: None,
         };
-        tasks.spawn(worker.run());
+        tasks.spawn_blocking(move || on_own_thread(worker));
     }
     let mut first_error = None;
     while let Some(ended) = tasks.join_next().await {
@@ -112,6 +114,16 @@ pub async fn work(crew: Arc<Crew>, workers: u16) -> Result<()> {
         }
     }
     first_error.map_or(Ok(()), Err)
+}
+
+/// Runs a lane on a thread of its own, its connections with it: handing a message from one task to another is then a matter of one thread,
+/// not a system call and a reschedule.
+fn on_own_thread(worker: Worker) -> Result<()> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| Error::here(Kind::Refused, format!("can't start a worker's thread: {e}")))?
+        .block_on(worker.run())
 }
 
 /// What keeps sources and targets from seeing more sessions at work than there are workers.
@@ -145,6 +157,16 @@ enum Turn {
 
 impl Worker {
     async fn run(mut self) -> Result<()> {
+        let result = self.work().await;
+        self.identities.leave(self.id);
+        for session in [self.source.take(), self.target.take()].into_iter().flatten() {
+            session.close().await;
+        }
+        result
+    }
+
+    async fn work(&mut self) -> Result<()> {
+        let crew = self.crew.clone();
         let mut idle = pauses();
         let mut paused_told = false;
         while !self.crew.stop.finishing() {
@@ -166,20 +188,24 @@ impl Worker {
                     break;
                 }
             }
-            match self.turn().await {
-                Ok(Turn::Worked) => idle = pauses(),
-                Ok(Turn::Idle) => {
+            // Listened for from before the look at what there is to take, so that nothing is missed in between.
+            let mut news = std::pin::pin!(crew.news.notified());
+            news.as_mut().enable();
+            match self.turn().await? {
+                Turn::Worked => {
+                    idle = pauses();
+                    crew.news.notify_waiters();
+                }
+                Turn::Idle => {
                     let pause = idle.next().unwrap_or(LONGEST_PAUSE);
-                    self.rest(pause).await;
+                    tokio::select! {
+                        () = self.rest(pause) => {}
+                        () = news => {}
+                    }
                 }
-                Ok(Turn::Finished) => break,
-                Err(error) => {
-                    self.identities.leave(self.id);
-                    return Err(error);
-                }
+                Turn::Finished => break,
             }
         }
-        self.identities.leave(self.id);
         Ok(())
     }
 

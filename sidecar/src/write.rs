@@ -3,7 +3,7 @@
 //! Every attempt stands under a savepoint and ends with `SET CONSTRAINTS ALL IMMEDIATE`. When the target refuses it for
 //! a reason that lies in a record, [`WritePlan`] says what to try next, helped by COPY's line number where there is one.
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures_util::SinkExt;
 use pg_dedup_record::fold::{Refusal, Way};
 use pg_dedup_record::refusal::{condition_name, refuses_record};
@@ -13,11 +13,12 @@ use tokio_postgres::Statement;
 use crate::conn::protocol_error;
 use crate::error::{At, Error, Result, Side};
 use crate::failpoint::{self, Failpoint};
-use crate::protocol::ChunkCalls;
+use crate::protocol::{ChunkCalls, GENERIC_PLANS, USUAL_PLANS};
 use crate::tables::TableWork;
 
-/// Bytes sent in one piece at most: large enough that framing costs nothing, small enough to flow.
-const PIECE_BYTES: usize = 1 << 20;
+/// Bytes sent in one piece, rows being whole: every piece costs a message, two task switches and a system call or more, and a socket takes
+/// about this much at once.
+const PIECE_BYTES: usize = 128 << 10;
 
 /// A row that the target refused for good.
 #[derive(Debug)]
@@ -116,9 +117,12 @@ async fn attempt(
 ) -> Result<Option<AttemptRefused>> {
     let client = &calls.session.client;
     let doing = "writing rows";
-    client.batch_execute("SAVEPOINT dedup_rows").await.at(Side::Target, doing)?;
+    client.batch_execute(&format!("SAVEPOINT dedup_rows; {USUAL_PLANS}")).await.at(Side::Target, doing)?;
     let done = match write.await? {
-        Ok(()) => client.batch_execute("SET CONSTRAINTS ALL IMMEDIATE; RELEASE SAVEPOINT dedup_rows").await,
+        Ok(()) => {
+            let end = format!("SET CONSTRAINTS ALL IMMEDIATE; RELEASE SAVEPOINT dedup_rows; {GENERIC_PLANS}");
+            client.batch_execute(&end).await
+        }
         Err(error) => Err(error),
     };
     let Err(error) = done else { return Ok(None) };
@@ -174,7 +178,7 @@ async fn upsert(
     }
 }
 
-/// One COPY of rows; neighbours in the batch are sent as one slice of it, without a copy of their own.
+/// One COPY of rows.
 async fn copy_in(calls: ChunkCalls<'_>, statement: &Statement, batch: &Batch, rows: &[u32]) -> Driver<()> {
     let sink = calls.session.client.copy_in::<_, Bytes>(statement).await?;
     let mut sink = std::pin::pin!(sink);
@@ -182,11 +186,11 @@ async fn copy_in(calls: ChunkCalls<'_>, statement: &Statement, batch: &Batch, ro
         sink.feed(Bytes::from_static(pgcopy::header())).await?;
         let (first, second) = rows.split_at(rows.len() / 2);
         for piece in pieces(batch, first) {
-            sink.feed(batch.data().slice(piece)).await?;
+            sink.feed(piece).await?;
         }
         failpoint::reach(Failpoint::MiddleOfCopy).await;
         for piece in pieces(batch, second) {
-            sink.feed(batch.data().slice(piece)).await?;
+            sink.feed(piece).await?;
         }
         sink.feed(Bytes::from_static(pgcopy::trailer())).await
     }
@@ -199,17 +203,19 @@ async fn copy_in(calls: ChunkCalls<'_>, statement: &Statement, batch: &Batch, ro
     }
 }
 
-/// Slices of the batch that cover the rows, in order.
-fn pieces<'a>(batch: &'a Batch, rows: &'a [u32]) -> impl Iterator<Item = std::ops::Range<usize>> + 'a {
+/// The rows, in order, in pieces of about [`PIECE_BYTES`]. Small rows are gathered; a row of that size is a slice of the batch.
+fn pieces<'a>(batch: &'a Batch, rows: &'a [u32]) -> impl Iterator<Item = Bytes> + 'a {
     let mut rows = rows.iter().map(|row| batch.row_range(*row as usize)).peekable();
+    let mut gathered = BytesMut::new();
     std::iter::from_fn(move || {
-        let mut piece = rows.next()?;
-        while let Some(next) =
-            rows.next_if(|next| next.start == piece.end && next.end - piece.start <= PIECE_BYTES)
-        {
-            piece.end = next.end;
+        if let Some(wide) = rows.next_if(|row| row.len() >= PIECE_BYTES) {
+            return Some(batch.data().slice(wide));
         }
-        Some(piece)
+        while let Some(row) = rows.next_if(|row| row.len() < PIECE_BYTES && gathered.len() < PIECE_BYTES) {
+            gathered.reserve(if gathered.is_empty() { 2 * PIECE_BYTES } else { row.len() });
+            gathered.extend_from_slice(&batch.data()[row]);
+        }
+        (!gathered.is_empty()).then(|| gathered.split().freeze())
     })
 }
 
@@ -273,21 +279,22 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_are_sent_together() {
-        let batch = batch(6, 10);
-        let pieces: Vec<_> = pieces(&batch, &[0, 1, 3, 4, 5]).collect();
-        let row = |i| batch.row_range(i);
-        assert_eq!(pieces, [row(0).start..row(1).end, row(3).start..row(5).end]);
+    fn pieces_are_the_rows_in_order() {
+        let batch = batch(1000, 1000);
+        let rows: Vec<u32> = (0..1000).filter(|row| row % 3 != 0).collect();
+        let expected: Vec<u8> = rows.iter().flat_map(|row| batch.row_bytes(*row as usize)).copied().collect();
+        let pieces: Vec<Bytes> = pieces(&batch, &rows).collect();
+        assert_eq!(pieces.concat(), expected);
+        assert_eq!(pieces.len(), expected.len().div_ceil(PIECE_BYTES));
+        assert!(pieces.iter().all(|piece| piece.len() < PIECE_BYTES + 2000));
     }
 
     #[test]
-    fn pieces_stay_small_and_rows_whole() {
-        let batch = batch(5, 400_000);
-        let all: Vec<u32> = (0..5).collect();
-        let pieces: Vec<_> = pieces(&batch, &all).collect();
-        assert_eq!(pieces.len(), 3);
-        assert!(pieces.iter().all(|piece| piece.len() <= PIECE_BYTES));
-        let wide = self::batch(1, 3 << 20);
-        assert_eq!(self::pieces(&wide, &[0]).count(), 1);
+    fn a_wide_row_is_a_piece_without_a_copy() {
+        let batch = batch(3, 3 << 20);
+        let pieces: Vec<Bytes> = pieces(&batch, &[0, 2]).collect();
+        assert_eq!(pieces.len(), 2);
+        assert_eq!(pieces[1].as_ptr(), batch.row_bytes(2).as_ptr());
+        assert_eq!(super::pieces(&batch, &[]).count(), 0);
     }
 }
