@@ -41,6 +41,8 @@ pub struct OpenChunk {
     pub key_types: KeyTypes,
     /// The key range as a condition on the target's columns; `None` where the order of keys may differ between the sides.
     pub range: Option<KeyRange>,
+    /// The transaction's command when the chunk was opened: earlier ones wrote for other chunks.
+    pub begun: pg_sys::CommandId,
     /// The ordinal, once drawn.
     pub ordinal: Option<i64>,
     /// (old digest, key) of rows that the chunk's records are about to replace, sorted.
@@ -305,6 +307,8 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
             key_types: KeyTypes::of(target, &layout)?,
             layout,
             range,
+            // SAFETY: a backend's own counter.
+            begun: unsafe { pg_sys::GetCurrentCommandId(false) },
             ordinal: None,
             leaving: Rc::default(),
             standing: Standing::default(),

@@ -3,7 +3,7 @@
 //! `verified` means: every row this transaction wrote for the chunk was read from the target again, hashed by the server, and is
 //! what was sent. Order: the ordinal is drawn while claims and row locks are held, so that ordinals are commit order for any one
 //! digest and key.
-use pg_dedup_record::block::{BlockBuilder, Entry, Stamp};
+use pg_dedup_record::block::{Entry, Stamp};
 use pg_dedup_record::checksum::Checksum;
 use pg_dedup_record::digest::Digest;
 use pg_dedup_record::wire;
@@ -15,6 +15,7 @@ use crate::chunk::{self, OpenChunk, required};
 use crate::error::{Error, Result};
 use crate::hash::rows;
 use crate::keyset::column_list;
+use crate::ledger;
 use crate::planning::ByIndex;
 use crate::relation::{Access, Table};
 use crate::segment::{SegmentWriter, next_number};
@@ -120,7 +121,7 @@ pub fn finish(
     check_refused_replacements(chunk, &manifest, &tombstones)?;
 
     write_segment(chunk.target_id, ordinal as u64, &manifest, &tombstones)?;
-    write_ledger(chunk, ordinal, ledger, books.counts[DUPLICATE])?;
+    ledger::write(chunk.target_id, ordinal, ledger, books.counts[DUPLICATE])?;
     if !chunk.keyless() {
         read_back(chunk, &written, &manifest)?;
     }
@@ -246,49 +247,10 @@ fn write_segment(
     Ok(())
 }
 
-/// Packs the ledger into `dedup.ledger_block`, in order of digest.
-fn write_ledger(chunk: &OpenChunk, ordinal: i64, ledger: &[u8], duplicates: i64) -> Result<()> {
-    let mut builder = BlockBuilder::new();
-    let (mut firsts, mut blocks) = (Vec::new(), Vec::new());
-    let mut flush = |builder: &mut BlockBuilder| {
-        if let Some(first) = builder.first_digest() {
-            firsts.push(first.as_bytes().to_vec());
-            blocks.push(builder.finish());
-        }
-    };
-    let mut count = 0;
-    for entry in wire::ledger(ledger) {
-        let entry = entry.map_err(|e| Error::invalid(format!("malformed ledger: {e}")))?;
-        let entry = Entry {
-            digest: entry.digest,
-            stamp: Stamp { ordinal: ordinal as u64, tombstone: false },
-            row_digest: [0; 8],
-            key: entry.key,
-        };
-        let unfit = |e| Error::invalid(format!("malformed ledger: {e}"));
-        if !builder.try_push(&entry).map_err(unfit)? {
-            flush(&mut builder);
-            builder.try_push(&entry).map_err(unfit)?;
-        }
-        count += 1;
-    }
-    flush(&mut builder);
-    if count != duplicates {
-        return Err(Error::invalid("the ledger does not list what the books say was dropped")
-            .detail(format!("{count} entries, {duplicates} duplicates.")));
-    }
-    if !blocks.is_empty() {
-        Spi::run_with_args(
-            "INSERT INTO dedup.ledger_block (target_id, ordinal, block_no, first_digest, entries) \
-             SELECT $1, $2, u.n - 1, u.first, u.entries \
-             FROM ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($4)) WITH ORDINALITY AS u(first, entries, n)",
-            &[chunk.target_id.into(), ordinal.into(), firsts.into(), blocks.into()],
-        )?;
-    }
-    Ok(())
-}
-
 /// Reads what this transaction wrote and compares it with what was sent.
+///
+/// By range where keys order alike: one pass over neighbouring rows, and the sum of digests says it all. Otherwise, and where the sum
+/// differs, row by row by the keys written.
 fn read_back(
     chunk: &OpenChunk,
     written: &(i64, Checksum),
@@ -298,29 +260,59 @@ fn read_back(
         return Ok(());
     }
     let _plan = ByIndex::new();
-    // By range where keys order alike: one pass over neighbouring rows, and the sum of digests says it all. Otherwise, and where the sum
-    // differs (another chunk of this transaction wrote into the range), row by row by the keys written.
-    if chunk.range.is_some() {
-        let (condition, arguments) = chunk.key_types.range_condition(&chunk.layout, chunk.range.as_ref());
-        let query = format!(
-            "SELECT {}, t.xmin FROM {} AS t WHERE {condition}",
-            column_list(&chunk.layout, "t"),
-            chunk.target_name()
-        );
-        let arguments: Vec<_> = arguments.into_iter().map(Into::into).collect();
-        let (mut count, mut sum) = (0i64, Checksum::default());
-        rows::scan(&query, &arguments, &chunk.layout, 1, |row| {
-            if is_own(&row)? {
-                count += 1;
-                sum.add(&row.digests()?.row);
-            }
-            Ok(())
-        })?;
-        if (count, sum) == *written {
-            return Ok(());
-        }
+    if chunk.range.is_none() {
+        return read_back_by_key(chunk, manifest);
     }
-    read_back_by_key(chunk, manifest)
+    if read_back_by_range(chunk, None)? == *written {
+        return Ok(());
+    }
+    // Chunks that this transaction did before may have written into the range.
+    let since = read_back_by_range(chunk, Some(chunk.begun))?;
+    if since == *written {
+        return Ok(());
+    }
+    read_back_by_key(chunk, manifest)?;
+    let more = since.0 - written.0;
+    if more > 0 {
+        return Err(unlike(chunk, format!("It holds {more} rows more than were sent.")));
+    }
+    Ok(())
+}
+
+/// Count and checksum of the rows in the chunk's range that this transaction wrote, or wrote since a command of it.
+fn read_back_by_range(chunk: &OpenChunk, since: Option<pg_sys::CommandId>) -> Result<(i64, Checksum)> {
+    let (condition, arguments) = chunk.key_types.range_condition(&chunk.layout, chunk.range.as_ref());
+    let (system, trailing) = if since.is_some() { ("t.xmin, t.cmin", 2) } else { ("t.xmin", 1) };
+    let query = format!(
+        "SELECT {}, {system} FROM {} AS t WHERE {condition}",
+        column_list(&chunk.layout, "t"),
+        chunk.target_name()
+    );
+    let arguments: Vec<_> = arguments.into_iter().map(Into::into).collect();
+    let (mut count, mut sum) = (0i64, Checksum::default());
+    let mut own = OwnRows::default();
+    rows::scan(&query, &arguments, &chunk.layout, trailing, |row| {
+        let earlier = match since {
+            Some(since) => row.trailing_command(1)? < since,
+            None => false,
+        };
+        if own.contains(&row)? && !earlier {
+            count += 1;
+            sum.add(&row.row_digest()?);
+        }
+        Ok(())
+    })?;
+    Ok((count, sum))
+}
+
+/// What the target holds is not what was sent.
+fn unlike(chunk: &OpenChunk, detail: String) -> Error {
+    Error::new(
+        PgSqlErrorCode::ERRCODE_INTEGRITY_CONSTRAINT_VIOLATION,
+        format!("{} does not hold what was sent", chunk.target_name()),
+    )
+    .detail(detail)
+    .hint("look for a trigger, rule or policy that rewrites, adds or drops rows of the target")
 }
 
 fn read_back_by_key(chunk: &OpenChunk, manifest: &[wire::ManifestEntry<'_>]) -> Result<()> {
@@ -336,12 +328,13 @@ fn read_back_by_key(chunk: &OpenChunk, manifest: &[wire::ManifestEntry<'_>]) -> 
     let mut seen = vec![false; manifest.len()];
     let mut different = 0usize;
     let mut example = None;
+    let mut own = OwnRows::default();
     rows::scan(&query, &arrays, &chunk.layout, 2, |row| {
         let n = required(row.trailing::<i64>(1)?)? as usize - 1;
         let entry = &manifest[n];
         let digests = row.digests()?;
         seen[n] = true;
-        if !is_own(&row)? || digests.row != entry.row_digest || digests.content != entry.digest {
+        if !own.contains(&row)? || digests.row != entry.row_digest || digests.content != entry.digest {
             different += 1;
             example.get_or_insert(n);
         }
@@ -349,23 +342,36 @@ fn read_back_by_key(chunk: &OpenChunk, manifest: &[wire::ManifestEntry<'_>]) -> 
     })?;
     let missing = seen.iter().filter(|s| !**s).count();
     let Some(n) = example.or_else(|| seen.iter().position(|s| !s)) else { return Ok(()) };
-    Err(Error::new(
-        PgSqlErrorCode::ERRCODE_INTEGRITY_CONSTRAINT_VIOLATION,
-        format!("{} does not hold what was sent", chunk.target_name()),
-    )
-    .detail(format!(
-        "Of {} rows {missing} are missing and {different} differ; the first is {}.",
-        manifest.len(),
-        chunk.key_types.query_string(manifest[n].key)?
+    Err(unlike(
+        chunk,
+        format!(
+            "Of {} rows {missing} are missing and {different} differ; the first is {}.",
+            manifest.len(),
+            chunk.key_types.query_string(manifest[n].key)?
+        ),
     ))
-    .hint("look for a trigger, rule or policy that rewrites or drops rows of the target"))
 }
 
-/// Was the row, whose first trailing column is its xmin, written by this transaction, in whatever savepoint?
-fn is_own(row: &rows::RowView<'_>) -> Result<bool> {
-    let xmin: pg_sys::TransactionId = required(row.trailing(0)?)?;
-    // SAFETY: looks at this backend's own state.
-    Ok(unsafe { pg_sys::TransactionIdIsCurrentTransactionId(xmin) })
+/// Which rows this transaction wrote, in whatever savepoint: the last answer is remembered, for the rows of a chunk share it.
+#[derive(Default)]
+struct OwnRows {
+    last: Option<(pg_sys::TransactionId, bool)>,
+}
+
+impl OwnRows {
+    /// About a row whose first trailing column is its xmin.
+    fn contains(&mut self, row: &rows::RowView<'_>) -> Result<bool> {
+        let xmin: pg_sys::TransactionId = required(row.trailing(0)?)?;
+        if let Some((last, answer)) = self.last
+            && last == xmin
+        {
+            return Ok(answer);
+        }
+        // SAFETY: looks at this backend's own state.
+        let answer = unsafe { pg_sys::TransactionIdIsCurrentTransactionId(xmin) };
+        self.last = Some((xmin, answer));
+        Ok(answer)
+    }
 }
 
 fn close_books(chunk: &OpenChunk, books: &Books, ordinal: i64, info: &JsonB) -> Result<()> {

@@ -19,7 +19,7 @@ use std::sync::OnceLock;
 use crate::key_list::KeyList;
 pub use crate::refusal::Refusal;
 use crate::wire::{self, LedgerEntry, ManifestEntry, WireError, encode_key};
-use crate::{Batch, BatchError, Checksum, Groups};
+use crate::{Batch, BatchError, Checksum, Digest, Groups};
 
 /// Why the records of a chunk can't be settled.
 #[derive(Debug, thiserror::Error)]
@@ -506,6 +506,10 @@ impl<'a> Fold<'a> {
     /// Manifest and ledger, in the order the protocol wants.
     fn list(&self, books: &mut Books) -> Result<()> {
         let mut losers: Vec<u32> = Vec::new();
+        let entries = |counts: &[u64]| counts.iter().sum::<u64>() as usize;
+        let key = self.key_bytes.bytes().checked_div(self.batch.len()).unwrap_or(0) + size_of::<u32>();
+        books.manifest.reserve(entries(&books.counts[1..3]) * (2 * Digest::LEN + key));
+        books.ledger.reserve(entries(&books.counts[4..5]) * (Digest::LEN + key));
         for g in 0..self.groups.len() {
             let digest = *self.groups.digest(g);
             losers.clear();

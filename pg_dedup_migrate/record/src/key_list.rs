@@ -39,6 +39,11 @@ impl KeyList {
         outcome
     }
 
+    /// Bytes of all keys together.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
     /// The key of a row; empty where writing it failed.
     ///
     /// # Panics

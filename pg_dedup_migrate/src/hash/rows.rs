@@ -10,6 +10,7 @@
 use super::send::{self, FieldReader};
 use super::types;
 use crate::error::{Error, Result};
+use pg_dedup_record::digest::Digest;
 use pg_dedup_record::key;
 use pg_dedup_record::layout::Layout;
 use pg_dedup_record::pgcopy;
@@ -87,6 +88,14 @@ impl RowView<'_> {
         self.hasher.hash(self.fields).map_err(send::malformed)
     }
 
+    /// The digest over all of the row's columns alone.
+    ///
+    /// # Errors
+    /// As [`RowView::digests`].
+    pub fn row_digest(&self) -> Result<Digest> {
+        self.hasher.hash_row(self.fields).map_err(send::malformed)
+    }
+
     /// Appends the row's key bytes; false, and nothing appended, if a key column is NULL.
     ///
     /// # Errors
@@ -131,6 +140,17 @@ impl RowView<'_> {
                 types::display_name(oid)
             ))),
             None => Err(mismatch(format!("query has no trailing column {index}"))),
+        }
+    }
+
+    /// The command id (`cid`) in the `index`th trailing column.
+    ///
+    /// # Errors
+    /// 42804 if the column is of another type, or there is none.
+    pub fn trailing_command(&self, index: usize) -> Result<u32> {
+        match self.trailing.get(index) {
+            Some(&(Some(datum), oid)) if oid == pg_sys::CIDOID => Ok(datum.value() as u32),
+            _ => Err(mismatch(format!("query has no command id in trailing column {index}"))),
         }
     }
 }

@@ -1,0 +1,74 @@
+//! The ledger: which duplicates a chunk dropped, packed into rows of `dedup.ledger_block` in order of digest.
+//!
+//! Written natively, as segments are: a chunk of a hundred thousand records may drop most of them.
+use pg_dedup_record::block::{BlockBuilder, BlockError, Entry, Stamp};
+use pg_dedup_record::wire;
+
+use crate::error::{Error, Result};
+use crate::relation::{Access, BytesDatum, Inserter, Table};
+
+/// Writes the packed ledger of one finished chunk, which must list as many records as its books call duplicates.
+///
+/// # Errors
+/// 22023 for a malformed ledger or another count; 42501 without INSERT on `dedup.ledger_block`.
+pub fn write(target: i32, ordinal: i64, ledger: &[u8], duplicates: i64) -> Result<()> {
+    let table = Table::open("ledger_block", Access::Insert)?;
+    let mut writer = LedgerWriter {
+        target,
+        ordinal,
+        rows: Inserter::new(&table),
+        builder: BlockBuilder::new(),
+        blocks: 0,
+    };
+    let mut count = 0;
+    for entry in wire::ledger(ledger) {
+        let entry = entry.map_err(|e| Error::invalid(format!("malformed ledger: {e}")))?;
+        writer.push(&Entry {
+            digest: entry.digest,
+            stamp: Stamp { ordinal: ordinal.cast_unsigned(), tombstone: false },
+            row_digest: [0; 8],
+            key: entry.key,
+        })?;
+        count += 1;
+    }
+    writer.flush();
+    if count != duplicates {
+        return Err(Error::invalid("the ledger does not list what the books say was dropped")
+            .detail(format!("{count} entries, {duplicates} duplicates.")));
+    }
+    Ok(())
+}
+
+struct LedgerWriter<'a> {
+    target: i32,
+    ordinal: i64,
+    rows: Inserter<'a>,
+    builder: BlockBuilder,
+    blocks: i32,
+}
+
+impl LedgerWriter<'_> {
+    fn push(&mut self, entry: &Entry<'_>) -> Result<()> {
+        let unfit = |e: BlockError| Error::invalid(format!("malformed ledger: {e}"));
+        if !self.builder.try_push(entry).map_err(unfit)? {
+            self.flush();
+            self.builder.try_push(entry).map_err(unfit)?;
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) {
+        pgrx::check_for_interrupts!();
+        let Some(first) = self.builder.first_digest() else { return };
+        let first = BytesDatum::new(first.as_bytes());
+        let entries = BytesDatum::new(&self.builder.finish());
+        self.rows.insert(&[
+            self.ordinal.into(),
+            self.target.into(),
+            self.blocks.into(),
+            first.datum(),
+            entries.datum(),
+        ]);
+        self.blocks += 1;
+    }
+}
