@@ -294,14 +294,17 @@ fn warm() -> Result<i64> {
     let blocks = Table::open("segment_block", Access::Read)?;
     let mut reader = BlockReader::new(&blocks, &snapshot)?;
     let mut entries = 0;
-    let mut seen = Vec::new();
+    let (mut digests, mut seen) = (Vec::new(), Vec::new());
     for target in targets {
         let scope = chunk::scope(target);
         for segment in segment::segments_of(target, &snapshot)? {
             reader.start(segment.id);
             while let Some(block) = reader.next()? {
                 pgrx::check_for_interrupts!();
-                filter::set_sorted(scope, block.digests().iter(), &mut seen)?;
+                digests.clear();
+                digests.extend(block.digests().map(|digest| digest.0));
+                seen.clear();
+                filter::set_sorted(scope, digests.iter(), &mut seen)?;
                 entries += block.len() as i64;
             }
         }
@@ -361,7 +364,7 @@ fn ledger_entries(
     let target = Target::by_id(target_id)?;
     let view = BlockView::parse(entries)
         .map_err(|e| Error::corrupted("a ledger block is damaged").detail(e.to_string()))?;
-    let mut digests: Vec<[u8; 32]> = (0..view.len()).map(|i| *view.digest_bytes(i)).collect();
+    let mut digests: Vec<[u8; 32]> = view.digests().map(|digest| digest.0).collect();
     digests.dedup();
     let wanted: Vec<u32> = (0..digests.len() as u32).collect();
     let places: HashMap<u32, Vec<Place>> =

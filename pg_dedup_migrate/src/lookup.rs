@@ -1,17 +1,17 @@
 //! The exact look-up: which of these sorted digests stand in a target's segments, and where.
 //!
-//! One merge over the sorted blocks of each segment, or a seek a digest where there are so few of them that touching
-//! every block would cost more. No verdict rests on anything but 32 equal bytes in a block whose checksum holds.
+//! Both are sorted, so one walk over a segment's [`Directory`] reads each block that can hold one of them once, and no other. A few digests in a
+//! segment that this backend does not know go through the index. No verdict rests on anything but 32 equal bytes in a block whose checksum
+//! holds.
 use std::ops::ControlFlow;
 
 use pg_dedup_record::block::{BlockView, Entry};
+use pg_dedup_record::digest::Digest;
 
+use crate::directory::{self, Directory};
 use crate::error::Result;
-use crate::relation::{Access, Snapshot, Table};
+use crate::relation::{Access, Fetcher, Snapshot, Table};
 use crate::segment::{self, BlockReader, Segment};
-
-/// A seek costs about as much as merging past this many blocks (index descent and rescan against one sequential block).
-const SEEK_COST_IN_BLOCKS: usize = 12;
 
 /// Sorted distinct digests, packed.
 pub type Digests<'a> = &'a [[u8; 32]];
@@ -47,7 +47,10 @@ pub fn for_each_hit(
     let blocks = Table::open("segment_block", Access::Read)?;
     let mut open = wanted.to_vec();
     let mut reader = BlockReader::new(&blocks, snapshot)?;
-    for segment in segment::segments_of(target, snapshot)?.into_iter().filter(|s| s.last_ordinal >= oldest) {
+    let mut fetcher = Fetcher::new(&blocks, snapshot);
+    let segments = segment::segments_of(target, snapshot)?;
+    directory::forget_merged(target, &segments);
+    for segment in segments.iter().filter(|s| s.last_ordinal >= oldest) {
         if open.is_empty() {
             break;
         }
@@ -58,10 +61,9 @@ pub fn for_each_hit(
             }
             Ok(())
         };
-        if open.len() * SEEK_COST_IN_BLOCKS < segment.blocks as usize {
-            seek(&mut reader, &segment, digests, &open, &mut on_hit)?;
-        } else {
-            merge(&mut reader, &segment, digests, &open, &mut on_hit)?;
+        match directory::of(target, segment, &blocks, snapshot, open.len())? {
+            Some(directory) => walk(&directory, &mut fetcher, digests, &open, &mut on_hit)?,
+            None => seek(&mut reader, segment, digests, &open, &mut on_hit)?,
         }
         if !settled.is_empty() {
             let mut settled = settled.into_iter().peekable();
@@ -73,31 +75,33 @@ pub fn for_each_hit(
 
 type OnHit<'a> = dyn FnMut(u32, &Entry<'_>) -> Result<()> + 'a;
 
-fn merge(
-    reader: &mut BlockReader<'_>,
-    segment: &Segment,
+/// Visits, block by block, the entries of the open digests.
+fn walk(
+    directory: &Directory,
+    fetcher: &mut Fetcher<'_>,
     digests: Digests<'_>,
     open: &[u32],
     hit: &mut OnHit<'_>,
 ) -> Result<()> {
-    let mut next = 0;
-    reader.start(segment.id);
-    while let Some(block) = reader.next()? {
+    let digest = |next: usize| open.get(next).map(|&i| Digest(digests[i as usize]));
+    let (mut next, mut at) = (0, 0);
+    while let Some(sought) = digest(next) {
         pgrx::check_for_interrupts!();
-        let Some(last) = block.len().checked_sub(1) else { continue };
-        let (first, last) = (block.digest_bytes(0), block.digest_bytes(last));
-        while open.get(next).is_some_and(|&i| &digests[i as usize] < first) {
+        at = directory.seek(sought.prefix(), at);
+        let block = directory.block(at, fetcher)?;
+        at += 1;
+        let following = directory.prefix(at);
+        let (mut from, mut spanning) = (0, None);
+        while let Some(sought) = digest(next).filter(|s| following.is_none_or(|f| s.prefix() <= f)) {
+            from = visit(&block, from, open[next], &sought, hit)?;
+            if following == Some(sought.prefix()) {
+                spanning.get_or_insert(next);
+            }
             next += 1;
         }
-        let mut from = 0;
-        let mut at = next;
-        while let Some(&i) = open.get(at).filter(|&&i| &digests[i as usize] <= last) {
-            from = visit(&block, from, i, digests, hit)?;
-            at += 1;
-        }
-        // A digest equal to the block's last may go on in the next block.
-        next = if at > next && &digests[open[at - 1] as usize] == last { at - 1 } else { at };
-        if next == open.len() {
+        // The next block begins with the prefix of these: their entries may stand in it, or go on there.
+        next = spanning.unwrap_or(next);
+        if following.is_none() {
             break;
         }
     }
@@ -105,16 +109,9 @@ fn merge(
 }
 
 /// Visits the entries of one digest in a block; returns where the next digest's search may begin.
-fn visit(
-    block: &BlockView<'_>,
-    from: usize,
-    i: u32,
-    digests: Digests<'_>,
-    hit: &mut OnHit<'_>,
-) -> Result<usize> {
-    let digest = segment::digest(&digests[i as usize]);
-    let mut at = block.lower_bound(&digest, from);
-    while at < block.len() && block.digest_bytes(at) == digest.as_bytes() {
+fn visit(block: &BlockView<'_>, from: usize, i: u32, digest: &Digest, hit: &mut OnHit<'_>) -> Result<usize> {
+    let mut at = block.lower_bound(digest, from);
+    while at < block.len() && block.has_digest(at, digest) {
         hit(i, &block.entry(at))?;
         at += 1;
     }
@@ -130,12 +127,12 @@ fn seek(
 ) -> Result<()> {
     for &i in open {
         pgrx::check_for_interrupts!();
-        let wanted = &digests[i as usize];
-        reader.seek(segment.id, wanted);
+        let wanted = Digest(digests[i as usize]);
+        reader.seek(segment.id, wanted.as_bytes());
         while let Some(block) = reader.previous()? {
-            visit(&block, 0, i, digests, hit)?;
+            visit(&block, 0, i, &wanted, hit)?;
             // Entries of one digest may begin in an earlier block only if this one begins with it.
-            if block.is_empty() || block.digest_bytes(0) < wanted {
+            if block.is_empty() || block.digest(0) < wanted {
                 break;
             }
         }

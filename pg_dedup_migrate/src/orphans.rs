@@ -86,7 +86,7 @@ fn losers(target: i32, gone: &HashSet<[u8; 32]>) -> Result<Vec<(Uuid, String, i6
                 let entries: Vec<u8> = required(row["entries"].value()?)?;
                 let view = BlockView::parse(&entries)
                     .map_err(|e| Error::corrupted("a ledger block is damaged").detail(e.to_string()))?;
-                let lost = view.digests().iter().filter(|d| gone.contains(*d)).count() as i64;
+                let lost = view.digests().filter(|d| gone.contains(d.as_bytes())).count() as i64;
                 match chunks.last_mut() {
                     _ if lost == 0 => {}
                     Some((last_run, last, count)) if (*last_run, &*last) == (run, &chunk) => *count += lost,

@@ -67,6 +67,12 @@ impl Table {
         let rel = unsafe { pg_sys::table_open(oid, lock as pg_sys::LOCKMODE) };
         Ok(Self { rel })
     }
+
+    /// The file that the rows lie in: another one after VACUUM FULL, CLUSTER or a restore, and then every [`Position`] is void.
+    pub fn file(&self) -> pg_sys::Oid {
+        // SAFETY: an open relation has its catalog row.
+        unsafe { (*(*self.rel).rd_rel).relfilenode }
+    }
 }
 
 impl Drop for Table {
@@ -235,6 +241,102 @@ impl<'a> IndexScan<'a> {
     }
 }
 
+/// One forward scan of an index alone: what its entries say and where their rows lie, whether anybody sees those rows or not.
+pub struct EntryScan<'a> {
+    scan: IndexScan<'a>,
+}
+
+/// Where a row lies in a table's file.
+#[derive(Clone, Copy, Debug)]
+pub struct Position(pg_sys::ItemPointerData);
+
+impl<'a> EntryScan<'a> {
+    /// A scan of the entries of `table`'s index `dedup.index` that meet the conditions.
+    ///
+    /// # Errors
+    /// 42P01 when the index is not there.
+    pub fn new(
+        table: &'a Table,
+        index: &str,
+        snapshot: &'a Snapshot,
+        conditions: &[Condition],
+    ) -> Result<Self> {
+        let mut scan = IndexScan::new(table, index, snapshot, conditions.len())?;
+        // SAFETY: a scan that was begun and not started yet; B-trees can return their entries.
+        unsafe { (*scan.scan).xs_want_itup = true };
+        scan.start(conditions);
+        Ok(Self { scan })
+    }
+
+    /// The next entry: where its row lies, and the first eight bytes of the bytea in index column `column` (numbered from 1).
+    ///
+    /// # Errors
+    /// XX001 when that column holds less.
+    pub fn next(&mut self, column: usize) -> Result<Option<(Position, [u8; 8])>> {
+        let scan = self.scan.scan;
+        // SAFETY: the scan is live and wants its entries; entry and descriptor stay valid until it moves. Plain bytea, which an
+        // entry holds inline.
+        unsafe {
+            let position = pg_sys::index_getnext_tid(scan, pg_sys::ScanDirection::ForwardScanDirection);
+            if position.is_null() {
+                return Ok(None);
+            }
+            let mut values = [pg_sys::Datum::null(); pg_sys::INDEX_MAX_KEYS as usize];
+            let mut nulls = [true; pg_sys::INDEX_MAX_KEYS as usize];
+            pg_sys::index_deform_tuple(
+                (*scan).xs_itup,
+                (*scan).xs_itupdesc,
+                values.as_mut_ptr(),
+                nulls.as_mut_ptr(),
+            );
+            let value = values[column - 1].cast_mut_ptr::<pg_sys::varlena>();
+            if nulls[column - 1] || pgrx::varlena::varsize_any_exhdr(value) < 8 {
+                return Err(Error::corrupted("an index of a dedup table holds a short digest"));
+            }
+            Ok(Some((
+                Position(*position),
+                pgrx::varlena::vardata_any(value).cast::<[u8; 8]>().read_unaligned(),
+            )))
+        }
+    }
+}
+
+/// Reads rows of a table by their positions.
+pub struct Fetcher<'a> {
+    table: &'a Table,
+    snapshot: &'a Snapshot,
+    slot: *mut pg_sys::TupleTableSlot,
+}
+
+impl<'a> Fetcher<'a> {
+    /// A reader of `table` as the snapshot sees it.
+    pub fn new(table: &'a Table, snapshot: &'a Snapshot) -> Self {
+        // SAFETY: the table is open for as long as the slot lives ('a).
+        let slot = unsafe { pg_sys::table_slot_create(table.rel, std::ptr::null_mut()) };
+        Self { table, snapshot, slot }
+    }
+
+    /// The row at a position; `None` where the snapshot sees none.
+    pub fn fetch(&mut self, position: Position) -> Option<Row<'_>> {
+        let mut position = position.0;
+        // SAFETY: table, snapshot and slot are live; the row borrows self, so that it cannot outlive the slot's pin. Positions beyond the
+        // table's end are for the server to refuse.
+        let found = unsafe {
+            pg_sys::table_tuple_fetch_row_version(self.table.rel, &mut position, self.snapshot.raw, self.slot)
+        };
+        found.then_some(Row { slot: self.slot, _scan: std::marker::PhantomData })
+    }
+}
+
+impl Drop for Fetcher<'_> {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            // SAFETY: ours and live; on ERROR the resource owner releases its pin instead.
+            unsafe { pg_sys::ExecDropSingleTupleTableSlot(self.slot) };
+        }
+    }
+}
+
 impl Drop for IndexScan<'_> {
     fn drop(&mut self) {
         if !std::thread::panicking() {
@@ -279,19 +381,21 @@ pub struct Row<'a> {
 impl<'a> Row<'a> {
     fn datum(&self, column: i32) -> Result<pg_sys::Datum> {
         let mut is_null = false;
-        // SAFETY: the slot holds a row; dedup's tables have that many columns.
-        let datum = unsafe { pg_sys::slot_getattr(self.slot, column, &mut is_null) };
+        // SAFETY: the slot holds a row; dedup's tables have that many columns. What is deformed already is read without a call.
+        let datum = unsafe {
+            if i32::from((*self.slot).tts_nvalid) >= column {
+                let index = column as usize - 1;
+                is_null = *(*self.slot).tts_isnull.add(index);
+                *(*self.slot).tts_values.add(index)
+            } else {
+                pg_sys::slot_getattr(self.slot, column, &mut is_null)
+            }
+        };
         if is_null {
             Err(Error::corrupted(format!("column {column} of a dedup table is null")))
         } else {
             Ok(datum)
         }
-    }
-
-    /// The table the row is in.
-    pub fn table(&self) -> pg_sys::Oid {
-        // SAFETY: a scan's slot names the table it was filled from.
-        unsafe { (*self.slot).tts_tableOid }
     }
 
     /// bigint column (numbered from 1).

@@ -3,9 +3,6 @@
 //! A segment is written whole by one transaction and never changed. Its id is drawn anew for every attempt, so an
 //! aborted attempt can leave dead rows but never rows that look like somebody else's. Rows are written natively:
 //! the statement triggers that mark the filter cold are for rows that come in any other way.
-use std::cell::RefCell;
-use std::collections::HashMap;
-
 use pg_dedup_record::block::{BlockBuilder, BlockView, Entry};
 use pg_dedup_record::digest::Digest;
 use pgrx::{IntoDatum, pg_sys};
@@ -136,7 +133,8 @@ fn internal(error: pg_dedup_record::block::BlockError) -> Error {
     Error::corrupted(format!("cannot pack an index entry: {error}"))
 }
 
-/// The segments of a target that the snapshot sees, newest first within a level, low levels first.
+/// The segments of a target that the snapshot sees, the largest levels first: whoever looks for a digest finds it there more often than not, and
+/// need not look on.
 ///
 /// # Errors
 /// 42501 without SELECT on `dedup.segment`.
@@ -154,7 +152,7 @@ pub fn segments_of(target: i32, snapshot: &Snapshot) -> Result<Vec<Segment>> {
             last_ordinal: row.int8(5)?,
         });
     }
-    found.sort_by_key(|s| (s.level, std::cmp::Reverse(s.id)));
+    found.sort_by_key(|s| std::cmp::Reverse((s.level, s.id)));
     Ok(found)
 }
 
@@ -167,7 +165,7 @@ pub struct BlockReader<'a> {
 }
 
 /// Name of the index that orders blocks by their first digest.
-const BLOCK_INDEX: &str = "segment_block_digest";
+pub const BLOCK_INDEX: &str = "segment_block_digest";
 
 impl<'a> BlockReader<'a> {
     /// A reader of `blocks`, an open `dedup.segment_block`, as the snapshot sees it.
@@ -193,7 +191,7 @@ impl<'a> BlockReader<'a> {
     /// XX001 naming segment and block when its bytes are damaged.
     pub fn next(&mut self) -> Result<Option<BlockView<'_>>> {
         match self.ascending.next(Direction::Forward) {
-            Some(row) => parse(&row).map(Some),
+            Some(row) => parse(&row, false).map(Some),
             None => Ok(None),
         }
     }
@@ -210,68 +208,27 @@ impl<'a> BlockReader<'a> {
     /// As [`BlockReader::next`].
     pub fn previous(&mut self) -> Result<Option<BlockView<'_>>> {
         match self.seeking.next(Direction::Backward) {
-            Some(row) => parse(&row).map(Some),
+            Some(row) => parse(&row, false).map(Some),
             None => Ok(None),
         }
     }
 }
 
-thread_local! {
-    /// Blocks whose checksum this backend has verified.
-    static VERIFIED: RefCell<Verified> = RefCell::new(Verified::default());
-}
-
-/// A bit a block, by segment. Blocks are immutable and ids never reused, so one look at every byte of a block is enough for a backend's
-/// life; after that a look-up touches only the digests it compares. A billion entries make 6 million bits.
-#[derive(Default)]
-struct Verified {
-    /// The table the bits are about: CREATE EXTENSION in a fresh schema begins to count anew.
-    table: pg_sys::Oid,
-    segments: HashMap<i64, Vec<u64>>,
-}
-
-impl Verified {
-    /// Segments remembered at most; compaction retires ids, and nobody says so here.
-    const LIMIT: usize = 4096;
-
-    fn contains(&self, table: pg_sys::Oid, segment: i64, block: usize) -> bool {
-        self.table == table
-            && self
-                .segments
-                .get(&segment)
-                .and_then(|bits| bits.get(block / 64))
-                .is_some_and(|word| word >> (block % 64) & 1 == 1)
-    }
-
-    fn insert(&mut self, table: pg_sys::Oid, segment: i64, block: usize) {
-        if self.table != table || self.segments.len() >= Self::LIMIT {
-            self.segments.clear();
-            self.table = table;
-        }
-        let bits = self.segments.entry(segment).or_default();
-        if bits.len() <= block / 64 {
-            bits.resize(block / 64 + 1, 0);
-        }
-        bits[block / 64] |= 1 << (block % 64);
-    }
-}
-
-fn parse<'a>(row: &crate::relation::Row<'a>) -> Result<BlockView<'a>> {
-    let (table, segment) = (row.table(), row.int8(1)?);
-    let block =
-        usize::try_from(row.int4(2)?).map_err(|_| Error::corrupted("a block has a negative number"))?;
+/// Reads a row of `dedup.segment_block`. The checksum is looked at unless the caller has done so before.
+///
+/// # Errors
+/// XX001 naming segment and block when its bytes are damaged.
+pub fn parse<'a>(row: &relation::Row<'a>, verified: bool) -> Result<BlockView<'a>> {
     let bytes = row.plain_bytes(4)?;
-    let known = VERIFIED.with_borrow(|verified| verified.contains(table, segment, block));
-    let view = if known { BlockView::parse_verified(bytes) } else { BlockView::parse(bytes) };
-    let view = view.map_err(|error| {
-        Error::corrupted(format!("block {block} of segment {segment} is damaged"))
-            .detail(error.to_string())
-            .hint("restore dedup.segment_block from a backup, or rebuild the index with dedup.reindex_target")
-    })?;
-    if !known {
-        VERIFIED.with_borrow_mut(|verified| verified.insert(table, segment, block));
-    }
-    Ok(view)
+    let (segment, block) = (row.int8(1)?, row.int4(2)?);
+    let view = if verified { BlockView::parse_verified(bytes) } else { BlockView::parse(bytes) };
+    view.map_err(|error| damaged(segment).detail(format!("Block {block}: {error}.")))
+}
+
+/// XX001: what a segment holds is not what was written.
+pub fn damaged(segment: i64) -> Error {
+    Error::corrupted(format!("segment {segment} of the hash index is damaged"))
+        .hint("restore dedup.segment_block from a backup, or rebuild the index with dedup.reindex_target")
 }
 
 /// Calls `visit` with every entry of a segment, in order.

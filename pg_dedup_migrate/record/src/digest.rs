@@ -13,7 +13,8 @@ impl Digest {
     /// The first eight bytes as a big-endian integer. Orders as the digest does, save for ties.
     #[inline]
     pub fn prefix(&self) -> u64 {
-        prefix(&self.0)
+        let [a, b, c, d, e, f, g, h, ..] = self.0;
+        u64::from_be_bytes([a, b, c, d, e, f, g, h])
     }
 
     /// The digest in `bytes`, or `None` if they are not exactly [`Digest::LEN`].
@@ -26,13 +27,6 @@ impl Digest {
     pub fn as_bytes(&self) -> &[u8; Digest::LEN] {
         &self.0
     }
-}
-
-/// First eight bytes of a digest's bytes as a big-endian integer.
-#[inline]
-pub(crate) fn prefix(bytes: &[u8; Digest::LEN]) -> u64 {
-    let [a, b, c, d, e, f, g, h, ..] = *bytes;
-    u64::from_be_bytes([a, b, c, d, e, f, g, h])
 }
 
 impl fmt::Display for Digest {

@@ -1,6 +1,6 @@
 //! Writing blocks.
 use super::{
-    BlockError, CRC_AT, Entry, HEADER_LEN, MAGIC, MAX_BLOCK_BYTES, MAX_KEY_BYTES, ROW_DIGEST_LEN,
+    BlockError, CRC_AT, Entry, HEADER_LEN, MAGIC, MAX_BLOCK_BYTES, MAX_KEY_BYTES, PREFIX_LEN, ROW_DIGEST_LEN,
     VARIABLE_KEYS, VERSION, stamp_width,
 };
 use crate::digest::Digest;
@@ -115,7 +115,12 @@ impl BlockBuilder {
         block.extend_from_slice(&self.lowest.to_be_bytes());
         block.extend_from_slice(&[0; HEADER_LEN - CRC_AT]);
 
-        block.extend_from_slice(self.digests.as_flattened());
+        for digest in &self.digests {
+            block.extend_from_slice(&digest[..PREFIX_LEN]);
+        }
+        for digest in &self.digests {
+            block.extend_from_slice(&digest[PREFIX_LEN..]);
+        }
         if stamp_width > 0 {
             for stamp in &self.stamps {
                 let delta = (stamp - self.lowest).to_be_bytes();

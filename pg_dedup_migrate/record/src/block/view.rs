@@ -2,15 +2,16 @@
 use std::ops::Range;
 
 use super::{
-    BlockError, CRC_AT, Entry, HEADER_LEN, MAGIC, MAX_KEY_BYTES, ROW_DIGEST_LEN, Stamp, VARIABLE_KEYS,
-    VERSION,
+    BlockError, CRC_AT, Entry, HEADER_LEN, MAGIC, MAX_KEY_BYTES, PREFIX_LEN, REST_LEN, ROW_DIGEST_LEN, Stamp,
+    VARIABLE_KEYS, VERSION,
 };
-use crate::digest::{self, Digest};
+use crate::digest::Digest;
 
 /// A block, checked once, read in place.
 #[derive(Debug, Clone, Copy)]
 pub struct BlockView<'a> {
-    digests: &'a [[u8; Digest::LEN]],
+    prefixes: &'a [[u8; PREFIX_LEN]],
+    rests: &'a [[u8; REST_LEN]],
     stamps: Stamps<'a>,
     base: u64,
     row_digests: &'a [[u8; ROW_DIGEST_LEN]],
@@ -75,7 +76,8 @@ impl<'a> BlockView<'a> {
         let entries = usize::from(u16::from_be_bytes([n0, n1]));
         let key_width = u16::from_be_bytes([k0, k1]);
         let mut rest = body;
-        let digests = take(&mut rest, entries)?;
+        let prefixes = take(&mut rest, entries)?;
+        let rests = take(&mut rest, entries)?;
         let stamps = match stamp_width {
             0 => Stamps::Equal,
             1 => Stamps::One(take::<1>(&mut rest, entries)?.as_flattened()),
@@ -90,24 +92,25 @@ impl<'a> BlockView<'a> {
             _ => Keys::fixed(key_width.into(), entries, rest)?,
         };
         let base = u64::from_be_bytes([b0, b1, b2, b3, b4, b5, b6, b7]);
-        Ok(BlockView { digests, stamps, base, row_digests, keys })
+        Ok(BlockView { prefixes, rests, stamps, base, row_digests, keys })
     }
 
     /// How many entries there are.
     #[inline]
     pub fn len(&self) -> usize {
-        self.digests.len()
+        self.prefixes.len()
     }
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.digests.is_empty()
+        self.prefixes.is_empty()
     }
 
     /// All digests, in order.
     #[inline]
-    pub fn digests(&self) -> &'a [[u8; Digest::LEN]] {
-        self.digests
+    pub fn digests(&self) -> impl ExactSizeIterator<Item = Digest> + use<'a> {
+        let BlockView { prefixes, rests, .. } = *self;
+        prefixes.iter().zip(rests).map(|(prefix, rest)| join(prefix, rest))
     }
 
     /// The digest of entry `i`.
@@ -115,8 +118,17 @@ impl<'a> BlockView<'a> {
     /// # Panics
     /// If there is no entry `i`.
     #[inline]
-    pub fn digest_bytes(&self, i: usize) -> &'a [u8; Digest::LEN] {
-        &self.digests[i]
+    pub fn digest(&self, i: usize) -> Digest {
+        join(&self.prefixes[i], &self.rests[i])
+    }
+
+    /// Whether entry `i` has this digest; cheaper than [`BlockView::digest`], which reads another part of the block.
+    ///
+    /// # Panics
+    /// If there is no entry `i`.
+    #[inline]
+    pub fn has_digest(&self, i: usize, digest: &Digest) -> bool {
+        self.prefixes[i] == digest.0[..PREFIX_LEN] && self.rests[i] == digest.0[PREFIX_LEN..]
     }
 
     /// Ordinal and tombstone of entry `i`.
@@ -142,7 +154,7 @@ impl<'a> BlockView<'a> {
     #[inline]
     pub fn entry(&self, i: usize) -> Entry<'a> {
         Entry {
-            digest: Digest(self.digests[i]),
+            digest: self.digest(i),
             stamp: self.stamp(i),
             row_digest: self.row_digests[i],
             key: self.keys.get(i),
@@ -153,7 +165,7 @@ impl<'a> BlockView<'a> {
     #[inline]
     pub fn find(&self, digest: &Digest) -> Range<usize> {
         let start = self.lower_bound(digest, 0);
-        let same = self.digests[start..].iter().take_while(|found| **found == digest.0).count();
+        let same = (start..self.len()).take_while(|i| self.has_digest(*i, digest)).count();
         start..start + same
     }
 
@@ -163,24 +175,27 @@ impl<'a> BlockView<'a> {
     /// entries); from there the search doubles its steps, so it takes O(log n) steps whatever the digests.
     #[inline]
     pub fn lower_bound(&self, digest: &Digest, from: usize) -> usize {
-        let Some(digests) = self.digests.get(from..) else { return self.len() };
-        let prefix = digest.prefix();
-        let below = |i: usize| match digest::prefix(&digests[i]) {
-            found if found == prefix => digests[i] < digest.0,
+        let (Some(prefixes), Some(rests)) = (self.prefixes.get(from..), self.rests.get(from..)) else {
+            return self.len();
+        };
+        let (prefix, rest) = (digest.prefix(), &digest.0[PREFIX_LEN..]);
+        let at = |i: usize| u64::from_be_bytes(prefixes[i]);
+        let below = |i: usize| match at(i) {
+            found if found == prefix => rests[i][..] < *rest,
             found => found < prefix,
         };
-        let (Some(first), Some(last)) = (digests.first(), digests.last()) else { return self.len() };
+        let Some(end) = prefixes.len().checked_sub(1) else { return self.len() };
         if !below(0) {
             return from;
         }
-        if below(digests.len() - 1) {
+        if below(end) {
             return self.len();
         }
 
         // From here on entry `low` is below the digest and entry `high` is not.
-        let (mut low, mut high) = (0, digests.len() - 1);
-        let first = digest::prefix(first);
-        let span = digest::prefix(last).wrapping_sub(first) as f64;
+        let (mut low, mut high) = (0, end);
+        let first = at(0);
+        let span = at(end).wrapping_sub(first) as f64;
         let part = prefix.wrapping_sub(first) as f64;
         let guess = ((part / span * high as f64) as usize).clamp(low, high);
         let mut step = 2;
@@ -245,6 +260,14 @@ impl<'a> Keys<'a> {
             }
         }
     }
+}
+
+#[inline]
+fn join(prefix: &[u8; PREFIX_LEN], rest: &[u8; REST_LEN]) -> Digest {
+    let mut digest = [0; Digest::LEN];
+    digest[..PREFIX_LEN].copy_from_slice(prefix);
+    digest[PREFIX_LEN..].copy_from_slice(rest);
+    Digest(digest)
 }
 
 /// Takes `entries` × `N` bytes off the front.
