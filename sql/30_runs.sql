@@ -203,6 +203,17 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
 $$;
 COMMENT ON FUNCTION dedup.is_referenced(regclass, text) IS 'does a foreign key point at the column';
 
+-- Entries of different signatures cannot be told to be of one content: an index has one.
+CREATE FUNCTION dedup.signature_of(layout jsonb) RETURNS jsonb
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT jsonb_build_object('encoding_version', layout -> 'encoding_version',
+        'content', (SELECT jsonb_agg(jsonb_build_array(layout #> ARRAY['columns', i, 'name'], layout #> ARRAY['columns', i, 'type_name']) ORDER BY n)
+                    FROM jsonb_array_elements_text(layout -> 'content') WITH ORDINALITY AS u(i, n)),
+        'key', (SELECT coalesce(jsonb_agg(jsonb_build_array(layout #> ARRAY['columns', i, 'name'], layout #> ARRAY['columns', i, 'type_name']) ORDER BY n), '[]')
+                FROM jsonb_array_elements_text(layout -> 'key') WITH ORDINALITY AS u(i, n)))
+$$;
+COMMENT ON FUNCTION dedup.signature_of(jsonb) IS 'what a hash index belongs to: encoding version, content and key columns with their types';
+
 CREATE FUNCTION dedup.add_table(run uuid, source text, target regclass, key_columns text[] DEFAULT NULL, content_columns text[] DEFAULT NULL,
     options jsonb DEFAULT '{}') RETURNS int
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -293,16 +304,16 @@ BEGIN
     END IF;
 
     table_layout := dedup.target_layout(target, all_columns, key, content);
-    sig := jsonb_build_object('encoding_version', table_layout -> 'encoding_version',
-        'content', (SELECT jsonb_agg(jsonb_build_array(table_layout #> ARRAY['columns', i, 'name'], table_layout #> ARRAY['columns', i, 'type_name']) ORDER BY n)
-                    FROM jsonb_array_elements_text(table_layout -> 'content') WITH ORDINALITY AS u(i, n)),
-        'key', (SELECT coalesce(jsonb_agg(jsonb_build_array(table_layout #> ARRAY['columns', i, 'name'], table_layout #> ARRAY['columns', i, 'type_name']) ORDER BY n), '[]')
-                FROM jsonb_array_elements_text(table_layout -> 'key') WITH ORDINALITY AS u(i, n)));
+    sig := dedup.signature_of(table_layout);
 
     SELECT * INTO t FROM dedup.targets AS x WHERE x.target = add_table.target FOR UPDATE;
     IF NOT FOUND THEN
         INSERT INTO dedup.targets (target, signature, layout, filenodes)
         VALUES (add_table.target, sig, table_layout, dedup.leaf_filenodes(add_table.target)) RETURNING * INTO t;
+    ELSIF t.signature <> sig AND EXISTS (SELECT FROM dedup.run_tables AS x WHERE x.run_id = run AND x.target_id = t.target_id) THEN
+        RAISE EXCEPTION 'the sources of % need one hash index', target USING ERRCODE = 'object_not_in_prerequisite_state',
+            DETAIL = format('Sources before: %s. %s: %s.', t.signature, source, sig),
+            HINT = 'Name the same content columns for every source of the target, and deliver them from each.';
     ELSIF NOT EXISTS (SELECT FROM dedup.segment AS s WHERE s.target_id = t.target_id) THEN
         UPDATE dedup.targets AS x SET signature = sig, layout = table_layout, filenodes = dedup.leaf_filenodes(add_table.target), indexed_at = NULL
         WHERE x.target_id = t.target_id;
@@ -464,6 +475,11 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION dedup.resume_run(uuid) IS 'goes on with a paused or failed run; failed chunks are tried again';
 
-CREATE FUNCTION dedup.cancel_run(run uuid) RETURNS text LANGUAGE sql SET search_path = pg_catalog, pg_temp
-AS $$ SELECT dedup.set_run_status(run, '{created,running,paused,failed}', 'cancelled', 'run_cancelled') $$;
-COMMENT ON FUNCTION dedup.cancel_run(uuid) IS 'gives a run up; what it has written stays';
+CREATE FUNCTION dedup.cancel_run(run uuid) RETURNS text LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM dedup.set_run_status(run, '{created,running,paused,failed}', 'cancelled', 'run_cancelled');
+    PERFORM dedup.reopen_orphans(run);
+    DELETE FROM dedup.pass_keys AS k WHERE k.run_id = run;
+    RETURN 'cancelled';
+END $$;
+COMMENT ON FUNCTION dedup.cancel_run(uuid) IS 'gives a run up; what it has written stays, and runs whose dropped duplicates lost their survivor to it are reopened';

@@ -52,13 +52,14 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION dedup.local_source_spec(regclass, jsonb, text, jsonb) IS 'how a source that the target database sees is read';
 
+-- Bounds are stored as texts that mean the same in every session.
 CREATE FUNCTION dedup.plan_chunks(run uuid, chunk_bytes bigint DEFAULT 100000000) RETURNS int
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET DateStyle = 'ISO, YMD' SET TimeZone = 'UTC' SET IntervalStyle = 'postgres'
+SET extra_float_digits = 3 SET bytea_output = 'hex' AS $$
 DECLARE
     r dedup.runs := dedup.lock_run(run);
     t record;
     src regclass;
-    kind "char";
     spec jsonb;
     keys text;
     key_texts text;
@@ -90,7 +91,6 @@ BEGIN
         IF src = t.target THEN
             RAISE EXCEPTION '% is both source and target', src USING ERRCODE = 'invalid_parameter_value';
         END IF;
-        SELECT c.relkind INTO kind FROM pg_class AS c WHERE c.oid = src;
         spec := dedup.local_source_spec(src, t.layout, t.local_options ->> 'where', coalesce(t.local_options -> 'transforms', '{}'));
         filter := CASE WHEN spec ->> 'where' IS NULL THEN 'true' ELSE format('(%s)', spec ->> 'where') END;
         -- Wrong types and filters are an error now, before a row is written.
@@ -102,11 +102,8 @@ BEGIN
         EXECUTE format('SELECT count(*), coalesce(sum(pg_column_size(s.*)), 0) FROM %s AS s WHERE %s', src, filter) INTO total_records, total_bytes;
         chunk_count := greatest(ceil(total_bytes::numeric / chunk_bytes), ceil(total_records / 1e6), 1);
         IF t.keyless THEN
-            IF kind = 'r' THEN
-                chunks := dedup.page_ranges(pg_relation_size(src) / current_setting('block_size')::bigint, chunk_count, total_records, total_bytes);
-            ELSE
-                chunks := jsonb_build_array(jsonb_build_object('kind', 'key', 'records', total_records, 'bytes', total_bytes));
-            END IF;
+            -- One chunk, one snapshot: chunks are read in transactions of their own, and a row without a key that moves in between would be missed.
+            chunks := jsonb_build_array(jsonb_build_object('kind', 'key', 'records', total_records, 'bytes', total_bytes));
         ELSE
             SELECT string_agg(k, ', ' ORDER BY n), string_agg(k || '::text', ', ' ORDER BY n) INTO keys, key_texts
             FROM jsonb_array_elements_text(spec -> 'key') WITH ORDINALITY AS u(k, n);
@@ -138,17 +135,6 @@ BEGIN
     RETURN planned;
 END $$;
 COMMENT ON FUNCTION dedup.plan_chunks(uuid, bigint) IS 'plans every source of a run that this database sees; indexes targets that hold rows; returns the chunks';
-
--- Half-open ranges of pages, the first open below and the last above.
-CREATE FUNCTION dedup.page_ranges(pages bigint, chunk_count bigint, records bigint, bytes bigint) RETURNS jsonb
-LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT jsonb_agg(jsonb_build_object('kind', 'ctid',
-        'lower', CASE WHEN i > 0 THEN jsonb_build_array(format('(%s,0)', pages * i / n)) END,
-        'upper', CASE WHEN i < n - 1 THEN jsonb_build_array(format('(%s,0)', pages * (i + 1) / n)) END,
-        'records', records / n, 'bytes', bytes / n) ORDER BY i)
-    FROM (SELECT greatest(least(chunk_count, pages), 1) AS n) AS c, generate_series(0, n - 1) AS i
-$$;
-COMMENT ON FUNCTION dedup.page_ranges(bigint, bigint, bigint, bigint) IS 'chunks of a table without a key';
 
 -- A lease for this very session. NULL: the chunk is verified already. The run's row comes before the checkpoint's, as everywhere.
 CREATE FUNCTION dedup.lease_here(run uuid, chunk text) RETURNS uuid
@@ -189,14 +175,14 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION dedup.lease_here(uuid, text) IS 'leases a chunk to the calling session, inside its transaction';
 
-CREATE FUNCTION dedup.migrate_chunk(run uuid, chunk text, OUT status text, OUT source_count bigint, OUT inserted_count bigint, OUT updated_count bigint,
+CREATE FUNCTION dedup.migrate_chunk(run uuid, chunk_id text, OUT status text, OUT source_count bigint, OUT inserted_count bigint, OUT updated_count bigint,
     OUT unchanged_count bigint, OUT duplicate_count bigint, OUT quarantined_count bigint) RETURNS record
 LANGUAGE plpgsql AS $$
 BEGIN
-    PERFORM dedup.run_chunk(run, chunk);
+    PERFORM dedup.run_chunk(run, migrate_chunk.chunk_id);
     SELECT c.status, c.source_count, c.inserted_count, c.updated_count, c.unchanged_count, c.duplicate_count, c.quarantined_count
     INTO status, source_count, inserted_count, updated_count, unchanged_count, duplicate_count, quarantined_count
-    FROM dedup.checkpoints AS c WHERE c.run_id OPERATOR(pg_catalog.=) run AND c.chunk_id OPERATOR(pg_catalog.=) chunk;
+    FROM dedup.checkpoints AS c WHERE c.run_id OPERATOR(pg_catalog.=) run AND c.chunk_id OPERATOR(pg_catalog.=) migrate_chunk.chunk_id;
 END $$;
 COMMENT ON FUNCTION dedup.migrate_chunk(uuid, text) IS 'migrates one chunk of a source that this database sees, inside the caller''s transaction; a verified chunk is left alone';
 

@@ -69,7 +69,7 @@ END $$;
 COMMENT ON FUNCTION dedup.warm_filter_once() IS 'warms a cold filter unless another session is at it; returns the entries read';
 
 CREATE FUNCTION dedup.lease_chunk(run uuid, worker uuid, OUT chunk_id text, OUT chunk_no int, OUT table_id int, OUT range_kind text,
-    OUT range_lower text[], OUT range_upper text[], OUT lease uuid, OUT attempt int) RETURNS SETOF record
+    OUT range_lower text[], OUT range_upper text[], OUT lease uuid, OUT attempt int, OUT snapshot text) RETURNS SETOF record
 LANGUAGE plpgsql ROWS 1 SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     r dedup.runs := dedup.run_row(run);
@@ -100,22 +100,24 @@ BEGIN
     WHERE c.run_id = run AND c.chunk_id = picked.chunk_id
     RETURNING c.chunk_id, c.chunk_no, c.table_id, c.range_kind, c.range_lower, c.range_upper, c.lease, c.attempts
     INTO chunk_id, chunk_no, table_id, range_kind, range_lower, range_upper, lease, attempt;
+    -- Named with every lease: positions belong to the snapshot that the table was planned, or started over, under.
+    snapshot := (SELECT t.source_spec ->> 'snapshot' FROM dedup.run_tables AS t WHERE t.run_id = run AND t.table_id = picked.table_id);
     RETURN NEXT;
 END $$;
 COMMENT ON FUNCTION dedup.lease_chunk(uuid, uuid) IS 'takes the next chunk for a worker, on the connection that will write it; no row: nothing to take now';
 
--- A retry waits 0.5 s, 1 s, 2 s … up to 30 s, with jitter, and is given up after max_attempts. A full disk, an interrupt and a foreign key that
--- waits for other chunks are not the chunk's fault: they burn no attempt.
+-- A retry waits 0.5 s, 1 s, 2 s … up to 30 s, with jitter, and is given up after max_attempts, unless it is free: a full disk, an interrupt and a
+-- foreign key that waits for other chunks are not the chunk's fault and burn no attempt. A statement that takes too long is.
 CREATE FUNCTION dedup.fail_chunk(run uuid, chunk_id text, lease uuid, sqlstate text, message text, detail text DEFAULT NULL,
-    hint text DEFAULT NULL, retry bool DEFAULT false) RETURNS text
+    hint text DEFAULT NULL, retry bool DEFAULT false, free bool DEFAULT false) RETURNS text
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     limit_attempts int := coalesce(((dedup.run_row(run)).options ->> 'max_attempts')::int, 5);
     new_status text;
 BEGIN
     UPDATE dedup.checkpoints AS c
-    SET status = CASE WHEN retry AND (c.attempts < limit_attempts OR sqlstate IN ('53100', '57014', '23503')) THEN 'pending' ELSE 'failed' END,
-        attempts = c.attempts - CASE WHEN retry AND sqlstate IN ('53100', '57014', '23503') THEN 1 ELSE 0 END,
+    SET status = CASE WHEN retry AND (c.attempts < limit_attempts OR free) THEN 'pending' ELSE 'failed' END,
+        attempts = c.attempts - CASE WHEN retry AND free THEN 1 ELSE 0 END,
         not_before = clock_timestamp() + make_interval(secs => least(30, 0.5 * 2 ^ (c.attempts - 1)) * (0.5 + random())),
         error_sqlstate = fail_chunk.sqlstate, error_message = left(fail_chunk.message, 2000), error_hint = left(fail_chunk.hint, 2000)
     WHERE c.run_id = run AND c.chunk_id = fail_chunk.chunk_id AND c.lease = fail_chunk.lease AND c.status = 'syncing' AND c.written_at IS NULL
@@ -127,7 +129,7 @@ BEGIN
         jsonb_build_object('sqlstate', sqlstate, 'message', left(message, 2000)));
     RETURN new_status;
 END $$;
-COMMENT ON FUNCTION dedup.fail_chunk(uuid, text, uuid, text, text, text, text, bool) IS 'gives a chunk back: pending when it is worth a retry, else failed; fenced: it was no longer ours';
+COMMENT ON FUNCTION dedup.fail_chunk(uuid, text, uuid, text, text, text, text, bool, bool) IS 'gives a chunk back: pending when it is worth a retry (free: one that burns no attempt), else failed; fenced: it was no longer ours';
 
 CREATE FUNCTION dedup.requeue(run uuid, what text, chunk text DEFAULT NULL) RETURNS int
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$

@@ -7,6 +7,25 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
 $$;
 COMMENT ON FUNCTION dedup.needs_index(uuid, int) IS 'were the rows that stand in the target never hashed';
 
+-- Chunks whose losers have no survivor any more are done again, which writes them. Those of other runs have to be done from their own sources,
+-- which may not be ours to read: those runs are reopened. Returns the chunks of this run.
+CREATE FUNCTION dedup.reopen_orphans(run uuid, OUT own_chunks bigint, OUT other_runs uuid[]) RETURNS record
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    WITH lost AS MATERIALIZED (SELECT o.run_id, o.chunk_id FROM dedup.orphans(run) AS o),
+    opened AS (UPDATE dedup.checkpoints AS c SET status = 'pending', attempts = 0, not_before = NULL, written_at = NULL
+               FROM lost WHERE c.run_id = lost.run_id AND c.chunk_id = lost.chunk_id AND c.status = 'verified' RETURNING c.run_id)
+    SELECT count(*) FILTER (WHERE opened.run_id = run), array_agg(DISTINCT opened.run_id) FILTER (WHERE opened.run_id <> run)
+    INTO own_chunks, other_runs FROM opened;
+    IF other_runs IS NOT NULL THEN
+        PERFORM dedup.set_run_status(o, '{done,reconciled,running,failed,paused}', 'running', 'run_reopened') FROM unnest(other_runs) AS o;
+        PERFORM dedup.log_event(run, NULL, 'orphans_of_other_runs', jsonb_build_object('runs', other_runs));
+        RAISE WARNING 'this run replaced the last rows that held contents of records which other runs dropped as duplicates: %', other_runs
+            USING HINT = 'Resume those runs (pg-dedup-migrate run --resume), which writes the records, then this one.';
+    END IF;
+END $$;
+COMMENT ON FUNCTION dedup.reopen_orphans(uuid) IS 'sets chunks whose dropped duplicates have no survivor left back to pending, and reopens other runs that have such';
+
 -- No run is done before every loser whose survivor is gone was written: its chunk is done again, which writes what is left over.
 CREATE FUNCTION dedup.complete_run(run uuid) RETURNS text
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET synchronous_commit = on AS $$
@@ -30,18 +49,7 @@ BEGIN
         RETURN old;
     END IF;
     IF failed_chunks = 0 THEN
-        WITH lost AS MATERIALIZED (SELECT o.run_id, o.chunk_id FROM dedup.orphans(run) AS o),
-        opened AS (UPDATE dedup.checkpoints AS c SET status = 'pending', attempts = 0, not_before = NULL, written_at = NULL
-                   FROM lost WHERE c.run_id = lost.run_id AND c.chunk_id = lost.chunk_id AND c.status = 'verified' RETURNING c.run_id)
-        SELECT count(*) FILTER (WHERE opened.run_id = run), array_agg(DISTINCT opened.run_id) FILTER (WHERE opened.run_id <> run)
-        INTO reopened, others FROM opened;
-        IF others IS NOT NULL THEN
-            -- They have to be done again from their own sources, which may not be ours to read.
-            PERFORM dedup.set_run_status(o, '{done,reconciled,running,failed,paused}', 'running', 'run_reopened') FROM unnest(others) AS o;
-            PERFORM dedup.log_event(run, NULL, 'orphans_of_other_runs', jsonb_build_object('runs', others));
-            RAISE WARNING 'this run replaced the last rows that held contents of records which other runs dropped as duplicates: %', others
-                USING HINT = 'Resume those runs (pg-dedup-migrate run --resume), which writes the records, then this one.';
-        END IF;
+        SELECT o.own_chunks, o.other_runs INTO reopened, others FROM dedup.reopen_orphans(run) AS o;
         IF reopened > 0 THEN
             PERFORM dedup.log_event(run, NULL, 'orphan_pass', jsonb_build_object('chunks', reopened));
             RETURN dedup.set_run_status(run, '{created,running,failed}', 'running', 'run_resumed');
@@ -49,6 +57,9 @@ BEGIN
         IF others IS NOT NULL THEN
             RETURN dedup.set_run_status(run, '{created,running,failed}', 'failed', 'run_finished');
         END IF;
+    END IF;
+    IF failed_chunks = 0 THEN
+        DELETE FROM dedup.pass_keys AS k WHERE k.run_id = run;
     END IF;
     RETURN dedup.set_run_status(run, '{created,running,failed}', CASE WHEN failed_chunks > 0 THEN 'failed' ELSE 'done' END, 'run_finished');
 END $$;

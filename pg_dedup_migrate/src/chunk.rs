@@ -4,7 +4,7 @@
 //! `finish_chunk` without a `begin_chunk` in the same transaction is refused: locks, claims and checks would be missing. A savepoint that is
 //! taken back takes the state back with it to what it was when the savepoint was first worked under, errors included.
 use std::cell::RefCell;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
 use pg_dedup_record::layout::Layout;
@@ -47,6 +47,10 @@ pub struct OpenChunk {
     pub ordinal: Option<i64>,
     /// (old digest, key) of rows that the chunk's records are about to replace, sorted.
     pub leaving: Rc<Vec<([u8; 32], Vec<u8>)>>,
+    /// Keys as they were sent, of rows that store them in other bytes, to the stored ones: 1.0 and 1.00 are one key.
+    pub respelled: Rc<HashMap<Vec<u8>, Vec<u8>>>,
+    /// Do other sources of the run go into this target, too?
+    pub shares_target: bool,
     /// What an earlier finish of this chunk wrote and is still there.
     pub standing: Standing,
     /// `claim` was called: it is called once a chunk.
@@ -81,8 +85,9 @@ impl OpenChunk {
     ///
     /// # Errors
     /// 22023 for a key that is not among those to be replaced.
-    pub fn keep_rows(&mut self, keys: &[&[u8]]) -> Result<Vec<[u8; 32]>> {
-        let kept: HashSet<&[u8]> = keys.iter().copied().collect();
+    pub fn keep_rows<'k>(&mut self, keys: &[&'k [u8]]) -> Result<Vec<[u8; 32]>> {
+        let stored = |key: &&'k [u8]| self.respelled.get(*key).map_or(*key, Vec::as_slice);
+        let kept: HashSet<&[u8]> = keys.iter().map(stored).collect();
         let (stay, leave): (Vec<_>, Vec<_>) =
             self.leaving.iter().cloned().partition(|(_, key)| kept.contains(key.as_slice()));
         if stay.len() != kept.len() {
@@ -262,7 +267,10 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
         let found = client
             .update(
                 "SELECT c.status, c.lease, c.backend_pid, c.range_kind, c.range_lower, c.range_upper, \
-                        r.status AS run_status, r.pass, t.target_id, t.layout, t.range_comparable, g.target::pg_catalog.oid AS target \
+                        r.status AS run_status, r.pass, t.target_id, t.layout, t.range_comparable, g.target::pg_catalog.oid AS target, \
+                        g.signature OPERATOR(pg_catalog.=) dedup.signature_of(t.layout) AS fits_index, \
+                        EXISTS (SELECT FROM dedup.run_tables AS o WHERE o.run_id = t.run_id AND o.target_id = t.target_id \
+                                AND o.table_id <> t.table_id) AS shares_target \
                  FROM dedup.checkpoints AS c JOIN dedup.runs AS r USING (run_id) \
                  JOIN dedup.run_tables AS t USING (run_id, table_id) JOIN dedup.targets AS g USING (target_id) \
                  WHERE c.run_id = $1 AND c.chunk_id = $2 FOR UPDATE OF c",
@@ -288,10 +296,17 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
         if !matches!(run_status.as_str(), "running" | "paused") {
             return Err(Error::state(format!("run {run} is {run_status}")));
         }
+        let target: pg_sys::Oid = required(found["target"].value()?)?;
+        if !required::<bool>(found["fits_index"].value()?)? {
+            return Err(Error::state(format!(
+                "the hash index of {} was made for other columns than the run's",
+                keyset::qualified_name(target)
+            ))
+            .hint("dedup.forget_target drops it; cancel the run otherwise"));
+        }
         let JsonB(layout) = required(found["layout"].value()?)?;
         let layout: Layout = serde_json::from_value(layout)
             .map_err(|e| Error::corrupted(format!("unreadable layout: {e}")))?;
-        let target: pg_sys::Oid = required(found["target"].value()?)?;
         let comparable: bool = required(found["range_comparable"].value()?)?;
         let kind: String = required(found["range_kind"].value()?)?;
         let range = (comparable && kind == "key").then_some(KeyRange {
@@ -311,6 +326,8 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
             begun: unsafe { pg_sys::GetCurrentCommandId(false) },
             ordinal: None,
             leaving: Rc::default(),
+            respelled: Rc::default(),
+            shares_target: required(found["shares_target"].value()?)?,
             standing: Standing::default(),
             claimed: false,
             finished: false,

@@ -5,6 +5,7 @@
 //! transaction are what `finish_chunk` retracts, so that a savepoint taken back takes its retractions with it.
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::rc::Rc;
 
 use pg_dedup_record::checksum::Checksum;
 use pg_dedup_record::digest::Digest;
@@ -113,13 +114,18 @@ pub fn match_rows(chunk: &mut OpenChunk, keys: &[&[u8]], row_digests: &[[u8; 32]
     let key_of = |n: u32| stored.get(&n).map_or(keys[n as usize], Vec::as_slice);
 
     let updated_before = updated_before(chunk)?;
+    let mut seen: HashSet<&[u8]> = HashSet::with_capacity(keys.len());
+    let repeated: Vec<bool> = keys.iter().map(|key| !seen.insert(key)).collect();
     for (n, by_this_chunk) in written_by_this_pass(chunk, &found, &key_of)? {
         let m = &mut matches[n as usize];
         *m = match (*m, by_this_chunk) {
             (Match::Unchanged, false) => Match::Redelivered,
             (Match::Unchanged, true) => {
-                chunk.standing.count += 1;
-                chunk.standing.checksum.add(&Digest(row_digests[n as usize]));
+                // What a record becomes is decided by the first with its key: the others are duplicates or collisions.
+                if !repeated[n as usize] {
+                    chunk.standing.count += 1;
+                    chunk.standing.checksum.add(&Digest(row_digests[n as usize]));
+                }
                 if updated_before.contains(keys[n as usize]) { Match::Updated } else { Match::Inserted }
             }
             // The very record changed in the source since: it may replace itself.
@@ -127,14 +133,73 @@ pub fn match_rows(chunk: &mut OpenChunk, keys: &[&[u8]], row_digests: &[[u8; 32]
             (_, false) => Match::Collision,
         };
     }
+    if chunk.shares_target {
+        remember_unchanged(chunk, &found, &key_of, &mut matches)?;
+    }
     let mut leaving: Vec<_> = found
         .into_iter()
         .filter(|&(_, n)| matches[n as usize] == Match::Changed)
         .map(|(digest, n)| (digest, key_of(n).to_vec()))
         .collect();
     leaving.sort_unstable();
+    leaving.dedup();
     chunk.leaving = leaving.into();
+    chunk.respelled =
+        Rc::new(stored.into_iter().map(|(n, stored)| (keys[n as usize].to_vec(), stored)).collect());
     Ok(matches)
+}
+
+/// Rows found unchanged have no entry of this pass that would tell a later record of another source that their key is taken: such keys are
+/// remembered for the run. Rows that other chunks found unchanged in this pass are taken.
+fn remember_unchanged<'k>(
+    chunk: &OpenChunk,
+    found: &[([u8; 32], u32)],
+    key_of: &dyn Fn(u32) -> &'k [u8],
+    matches: &mut [Match],
+) -> Result<()> {
+    let open: Vec<u32> = found
+        .iter()
+        .map(|(_, n)| *n)
+        .filter(|n| matches!(matches[*n as usize], Match::Unchanged | Match::Changed))
+        .collect();
+    let taken: HashSet<Vec<u8>> = Spi::connect(|client| -> Result<_> {
+        client
+            .select(
+                "SELECT p.key FROM dedup.pass_keys AS p JOIN pg_catalog.unnest($5) AS k(key) USING (key) \
+                 WHERE p.run_id = $1 AND p.target_id = $2 AND p.pass = $3 AND p.chunk_id <> $4",
+                None,
+                &[
+                    chunk.run.into(),
+                    chunk.target_id.into(),
+                    chunk.pass.into(),
+                    chunk.chunk_id.as_str().into(),
+                    open.iter().map(|n| key_of(*n).to_vec()).collect::<Vec<_>>().into(),
+                ],
+            )?
+            .map(|row| required(row["key"].value()?))
+            .collect()
+    })?;
+    let mut unchanged: Vec<Vec<u8>> = Vec::new();
+    for n in open {
+        let m = &mut matches[n as usize];
+        match (*m, taken.contains(key_of(n))) {
+            (Match::Unchanged, true) => *m = Match::Redelivered,
+            (Match::Unchanged, false) => unchanged.push(key_of(n).to_vec()),
+            (_, true) => *m = Match::Collision,
+            (_, false) => {}
+        }
+    }
+    Ok(Spi::run_with_args(
+        "INSERT INTO dedup.pass_keys (run_id, target_id, pass, key, chunk_id) \
+         SELECT $1, $2, $3, k.key, $4 FROM pg_catalog.unnest($5) AS k(key) ON CONFLICT DO NOTHING",
+        &[
+            chunk.run.into(),
+            chunk.target_id.into(),
+            chunk.pass.into(),
+            chunk.chunk_id.as_str().into(),
+            unchanged.into(),
+        ],
+    )?)
 }
 
 /// Keys of the rows that earlier finishes of this chunk updated.
@@ -253,6 +318,7 @@ fn apply_upserts(run: Uuid, chunk_id: &str) -> Result<i64, ErrorReport> {
 /// # Errors
 /// As there.
 pub fn apply(chunk: &mut OpenChunk) -> Result<i64> {
+    after_claim(chunk)?;
     let _plan = ByIndex::new();
     let staging = staging_name(chunk);
     let target = chunk.target_name();
@@ -283,6 +349,15 @@ pub fn apply(chunk: &mut OpenChunk) -> Result<i64> {
         .hint("look for a trigger, rule or policy that hides or drops rows of the target"));
     }
     Ok(updated)
+}
+
+/// Rows that are changed without a claim would be changed without a manifest: nobody would retract what they held.
+fn after_claim(chunk: &OpenChunk) -> Result<()> {
+    if chunk.claimed {
+        Ok(())
+    } else {
+        Err(Error::state("rows are changed after claim").hint("see the worker protocol"))
+    }
 }
 
 /// Identity columns GENERATED ALWAYS among the delivered ones: COPY may write them, UPDATE may not.
@@ -337,10 +412,13 @@ fn delete_superseded(run: Uuid, chunk_id: &str, keys: &[u8]) -> Result<i64, Erro
 /// # Errors
 /// As there.
 pub fn delete(chunk: &mut OpenChunk, keys: &[&[u8]]) -> Result<i64> {
+    after_claim(chunk)?;
     let _plan = ByIndex::new();
     let arrays = chunk.key_types.arrays(keys)?;
     let target = chunk.target_name();
     let (unnest, condition) = (chunk.key_types.unnest(), chunk.key_types.join_condition());
+    // No row may come to point at them between the check and the deletion, which would take it along.
+    execute(&format!("SELECT FROM {unnest} JOIN {target} AS t ON {condition} FOR UPDATE OF t"), &arrays)?;
     refuse_to_cascade(chunk, &unnest, &condition, &arrays)?;
     let images =
         keep_before_images(chunk, &format!("{unnest} JOIN {target} AS t ON {condition}"), &arrays, "delete")?;

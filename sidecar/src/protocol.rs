@@ -6,7 +6,7 @@ use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
 use crate::conn::{Session, protocol_error};
-use crate::error::{At, Error, Result, Side};
+use crate::error::{At, Error, Kind, Policy, Result, Side};
 use crate::source::{Range, RangeKind};
 
 /// A worker's hold on a chunk.
@@ -22,6 +22,8 @@ pub struct Lease {
     pub token: Uuid,
     /// Leases so far, this one included.
     pub attempt: i32,
+    /// The source's snapshot that the range belongs to: whatever the worker knew of the table before.
+    pub snapshot: Option<String>,
 }
 
 type Parameters<'a> = [&'a (dyn ToSql + Sync)];
@@ -52,7 +54,7 @@ pub async fn lease_chunk(session: &Session, run: Uuid, worker: Uuid) -> Result<O
     let doing = "lease_chunk";
     let statement = session
         .prepared(
-            "SELECT chunk_id, table_id, range_kind, range_lower, range_upper, lease, attempt \
+            "SELECT chunk_id, table_id, range_kind, range_lower, range_upper, lease, attempt, snapshot \
              FROM dedup.lease_chunk($1::uuid, $2::uuid)",
         )
         .await?;
@@ -75,23 +77,33 @@ pub async fn lease_chunk(session: &Session, run: Uuid, worker: Uuid) -> Result<O
         },
         token: row.try_get(5).at(session.side, doing)?,
         attempt: row.try_get(6).at(session.side, doing)?,
+        snapshot: row.try_get(7).at(session.side, doing)?,
     }))
 }
 
 /// Gives a chunk back; answers its status, or `fenced` when it was no longer ours.
-pub async fn fail_chunk(
-    session: &Session,
-    run: Uuid,
-    lease: &Lease,
-    error: &Error,
-    retry: bool,
-) -> Result<String> {
+pub async fn fail_chunk(session: &Session, run: Uuid, lease: &Lease, error: &Error) -> Result<String> {
     let message = error.to_string();
+    let policy = error.policy();
+    let retry = policy != Policy::FailChunk;
+    // Not the chunk's fault.
+    let free =
+        matches!(policy, Policy::PauseRun | Policy::RetryAfterOthers) || error.kind == Kind::Interrupted;
     call(
         session,
         "fail_chunk",
-        "SELECT dedup.fail_chunk($1::uuid, $2::text, $3::uuid, $4::text, $5::text, $6::text, $7::text, $8::bool)",
-        &[&run, &lease.chunk_id, &lease.token, &error.state(), &message, &error.detail, &error.hint, &retry],
+        "SELECT dedup.fail_chunk($1::uuid, $2::text, $3::uuid, $4::text, $5::text, $6::text, $7::text, $8::bool, $9::bool)",
+        &[
+            &run,
+            &lease.chunk_id,
+            &lease.token,
+            &error.state(),
+            &message,
+            &error.detail,
+            &error.hint,
+            &retry,
+            &free,
+        ],
     )
     .await
 }

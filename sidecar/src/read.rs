@@ -11,7 +11,7 @@ use crate::conn::Session;
 use crate::error::{At, Error, Kind, Result, Side};
 use crate::names::quote_literal;
 use crate::progress::Counters;
-use crate::source::Range;
+use crate::protocol::Lease;
 use crate::tables::TableWork;
 
 /// A chunk's records.
@@ -32,13 +32,13 @@ pub struct ReadChunk {
 pub async fn read_chunk(
     source: &Session,
     table: &TableWork,
-    range: &Range,
+    lease: &Lease,
     counters: &Arc<Counters>,
     spent: Option<Batch>,
 ) -> Result<ReadChunk> {
     let started = Instant::now();
     let lsn = position(source).await?;
-    if let Some(snapshot) = &table.spec.snapshot {
+    if let Some(snapshot) = &lease.snapshot {
         enter_snapshot(source, snapshot).await?;
     }
     let builder = match spent {
@@ -46,8 +46,8 @@ pub async fn read_chunk(
         None => BatchBuilder::new(&table.layout, table.keyless),
     };
     let mut in_flight = InFlight { counters: counters.clone(), bytes: 0 };
-    let batch = copy_out(source, &table.spec.copy_out(range), builder, &mut in_flight).await;
-    if table.spec.snapshot.is_some() {
+    let batch = copy_out(source, &table.spec.copy_out(&lease.range), builder, &mut in_flight).await;
+    if lease.snapshot.is_some() {
         source.client.batch_execute("ROLLBACK").await.at(Side::Source, "leaving the snapshot")?;
     }
     let batch = batch?;

@@ -132,14 +132,15 @@ async fn renew_snapshot(run: &Run, endpoint: &Arc<Endpoint>, target: &Session) -
     let (keeper, snapshot) = setup::export_snapshot(endpoint).await?;
     for table in unfinished {
         tracing::info!("{} has no key and starts over under a new snapshot", table.source);
+        // The snapshot first: workers that are still there lease under it from now on, and what they leased before is fenced.
+        let mut spec = table.spec.clone();
+        spec.snapshot = Some(snapshot.clone());
+        setup::set_source_spec(target, run.run_id, table.table_id, &spec).await?;
         target
             .client
             .execute("SELECT dedup.restart_table($1::uuid, $2::int4)", &[&run.run_id, &table.table_id])
             .await
             .at(Side::Target, "restart_table")?;
-        let mut spec = table.spec.clone();
-        spec.snapshot = Some(snapshot.clone());
-        setup::set_source_spec(target, run.run_id, table.table_id, &spec).await?;
     }
     Ok(Some(keeper))
 }

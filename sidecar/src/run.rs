@@ -111,12 +111,14 @@ pub async fn work(job: &Job, wanted: &str, stop: Stop) -> Result<u8> {
     work_to_the_end(job, &mut ends, &run, &stop).await?;
     let summary = Summary::load(&ends.admin, run.run_id).await?;
     summary.print(job.json)?;
-    Ok(if stop.finishing() {
-        130
-    } else if summary.failed > 0 {
-        1
-    } else {
+    if stop.finishing() {
+        return Ok(130);
+    }
+    // Others may still be at it: then this process has done its part, and whoever ends the run tells how it ended.
+    Ok(if matches!(summary.status.as_str(), "created" | "running" | "paused") {
         0
+    } else {
+        summary.exit_code()
     })
 }
 

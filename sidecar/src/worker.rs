@@ -75,7 +75,7 @@ const TELL_WAITING_EVERY: Duration = Duration::from_secs(30);
 
 /// Lanes of so many workers: while some write their chunks, others read the next ones. Half as many again keep the writers busy; each holds a
 /// chunk in memory.
-fn lanes(workers: u16) -> u16 {
+pub fn lanes(workers: u16) -> u16 {
     workers.saturating_add(workers.div_ceil(2))
 }
 
@@ -296,7 +296,7 @@ impl Worker {
         };
         tracing::debug!("chunk {} of {}: attempt {}", lease.chunk_id, table.source, lease.attempt);
         let turn = take_turn(&self.turns.reading).await?;
-        let read = read::read_chunk(source, table, &lease.range, &crew.counters, self.spent.take()).await?;
+        let read = read::read_chunk(source, table, lease, &crew.counters, self.spent.take()).await?;
         drop(turn);
         failpoint::reach(Failpoint::Read).await;
         let waiting = Instant::now();
@@ -352,11 +352,10 @@ impl Worker {
         if !self.rolled_back().await {
             self.target = None;
         }
-        let retry = policy != Policy::FailChunk;
         if policy == Policy::RetryAfterOthers {
             self.remember_deferral(lease).await;
         }
-        match self.report(lease, &error, policy, retry).await {
+        match self.report(lease, &error, policy).await {
             Ok(status) => tell(lease, &error, &status),
             Err(unreported) => {
                 // Nobody else will take the chunk while this identity lives.
@@ -395,7 +394,7 @@ impl Worker {
         }
     }
 
-    async fn report(&mut self, lease: &Lease, error: &Error, policy: Policy, retry: bool) -> Result<String> {
+    async fn report(&mut self, lease: &Lease, error: &Error, policy: Policy) -> Result<String> {
         if self.target.is_none() {
             let connected = if self.crew.stop.finishing() {
                 self.crew.target.connect(Role::Writer).await?
@@ -415,7 +414,7 @@ impl Worker {
                 Err(refused) => tracing::warn!("the run can't be paused: {refused}"),
             }
         }
-        protocol::fail_chunk(target, self.crew.run, lease, error, retry).await
+        protocol::fail_chunk(target, self.crew.run, lease, error).await
     }
 }
 

@@ -5,6 +5,7 @@ use crate::config::Job;
 use crate::conn::{Endpoint, Role, Session};
 use crate::error::{At, Result};
 use crate::plan::MAX_RECORDS;
+use crate::worker;
 
 /// Oldest source that is read: `pg_control_system`, `pg_current_wal_lsn`, identity columns.
 const OLDEST_SOURCE: i32 = 100_000;
@@ -41,8 +42,8 @@ pub async fn check_source(
         );
     }
     check_pooler(endpoint, source, findings).await?;
-    // A reader each, a planner each while planning, and one that asks or keeps a snapshot.
-    check_connections(source, i64::from(job.workers) + 2, findings).await
+    // A reader a lane, a planner each while planning, and one that asks or keeps a snapshot.
+    check_connections(source, i64::from(worker::lanes(job.workers)) + 2, findings).await
 }
 
 /// The target: version, encoding, standby, preload, connections, timeouts, WAL kept by slots.
@@ -62,8 +63,8 @@ pub async fn check_target(
     check_preload(target, findings).await?;
     check_pooler(endpoint, target, findings).await?;
     check_settings(target, findings).await?;
-    // A writer each, heartbeat, administration, and a vacuum each at the end when the writers are gone.
-    check_connections(target, i64::from(job.workers) + 2, findings).await
+    // A writer a lane, heartbeat, administration, and a vacuum each at the end when the writers are gone.
+    check_connections(target, i64::from(worker::lanes(job.workers)) + 2, findings).await
 }
 
 /// Memory and disk for the size that is planned.

@@ -5,6 +5,7 @@ mod commands;
 mod crash;
 mod harness;
 mod keys;
+mod lost_records;
 mod migrate;
 mod names;
 mod protocol;
