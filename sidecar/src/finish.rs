@@ -70,7 +70,8 @@ async fn advance(target: &Session, table: &TableName, column: &str, sequence: &s
     Ok(())
 }
 
-/// Makes the targets ready for use: visibility map and statistics. Told, not fatal, where it can't be done.
+/// Makes the targets ready for use: visibility map and statistics. Told, not fatal, where it can't be done. TOAST tables, which may be nearly all
+/// of the data, are left to autovacuum: no plan looks at their visibility map or statistics, and reading them all again would take long.
 pub async fn vacuum_analyze(endpoint: &Endpoint, tables: &[TableName], at_once: usize) -> Result<()> {
     stream::iter(tables)
         .for_each_concurrent(at_once, |table| async move {
@@ -86,7 +87,7 @@ async fn vacuum(endpoint: &Endpoint, table: &TableName) -> Result<()> {
     let session = endpoint.connect(Role::Admin).await?;
     session
         .client
-        .batch_execute(&format!("VACUUM (ANALYZE) {}", table.quoted()))
+        .batch_execute(&format!("VACUUM (ANALYZE, PROCESS_TOAST FALSE) {}", table.quoted()))
         .await
         .at(Side::Target, "VACUUM")
 }

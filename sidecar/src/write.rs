@@ -20,6 +20,9 @@ use crate::tables::TableWork;
 /// about this much at once.
 const PIECE_BYTES: usize = 128 << 10;
 
+/// Neighbours of this size are sent without a copy.
+const SLICE_BYTES: usize = 16 << 10;
+
 /// A row that the target refused for good.
 #[derive(Debug)]
 pub struct RefusedRow {
@@ -203,17 +206,35 @@ async fn copy_in(calls: ChunkCalls<'_>, statement: &Statement, batch: &Batch, ro
     }
 }
 
-/// The rows, in order, in pieces of about [`PIECE_BYTES`]. Small rows are gathered; a row of that size is a slice of the batch.
+/// The rows, in order, in pieces of about [`PIECE_BYTES`]. What stands side by side in the batch and is large enough is a slice of it, the rest
+/// is gathered.
 fn pieces<'a>(batch: &'a Batch, rows: &'a [u32]) -> impl Iterator<Item = Bytes> + 'a {
     let mut rows = rows.iter().map(|row| batch.row_range(*row as usize)).peekable();
+    let mut neighbours = move || {
+        let mut run = rows.next()?;
+        while let Some(next) = rows.next_if(|next| next.start == run.end && run.len() < PIECE_BYTES) {
+            run.end = next.end;
+        }
+        Some(run)
+    };
+    let mut next = neighbours();
     let mut gathered = BytesMut::new();
     std::iter::from_fn(move || {
-        if let Some(wide) = rows.next_if(|row| row.len() >= PIECE_BYTES) {
-            return Some(batch.data().slice(wide));
-        }
-        while let Some(row) = rows.next_if(|row| row.len() < PIECE_BYTES && gathered.len() < PIECE_BYTES) {
-            gathered.reserve(if gathered.is_empty() { 2 * PIECE_BYTES } else { row.len() });
-            gathered.extend_from_slice(&batch.data()[row]);
+        while let Some(run) = next.take() {
+            if run.len() >= SLICE_BYTES {
+                if gathered.is_empty() {
+                    next = neighbours();
+                    return Some(batch.data().slice(run));
+                }
+                next = Some(run);
+                break;
+            }
+            gathered.reserve(if gathered.is_empty() { PIECE_BYTES + SLICE_BYTES } else { run.len() });
+            gathered.extend_from_slice(&batch.data()[run]);
+            next = neighbours();
+            if gathered.len() >= PIECE_BYTES {
+                break;
+            }
         }
         (!gathered.is_empty()).then(|| gathered.split().freeze())
     })
@@ -286,15 +307,25 @@ mod tests {
         let pieces: Vec<Bytes> = pieces(&batch, &rows).collect();
         assert_eq!(pieces.concat(), expected);
         assert_eq!(pieces.len(), expected.len().div_ceil(PIECE_BYTES));
-        assert!(pieces.iter().all(|piece| piece.len() < PIECE_BYTES + 2000));
+        assert!(pieces.iter().all(|piece| piece.len() < PIECE_BYTES + SLICE_BYTES));
     }
 
     #[test]
-    fn a_wide_row_is_a_piece_without_a_copy() {
-        let batch = batch(3, 3 << 20);
-        let pieces: Vec<Bytes> = pieces(&batch, &[0, 2]).collect();
-        assert_eq!(pieces.len(), 2);
-        assert_eq!(pieces[1].as_ptr(), batch.row_bytes(2).as_ptr());
-        assert_eq!(super::pieces(&batch, &[]).count(), 0);
+    fn large_neighbours_are_sent_without_a_copy() {
+        let wide = batch(3, 3 << 20);
+        let sent: Vec<Bytes> = pieces(&wide, &[0, 2]).collect();
+        assert_eq!(sent.len(), 2);
+        assert_eq!(sent[1].as_ptr(), wide.row_bytes(2).as_ptr());
+        assert_eq!(pieces(&wide, &[]).count(), 0);
+
+        // One row, a gap, and many neighbours: the one is gathered, the others are slices.
+        let narrow = batch(1000, 1000);
+        let rows: Vec<u32> = std::iter::once(0).chain(2..1000).collect();
+        let sent: Vec<Bytes> = pieces(&narrow, &rows).collect();
+        assert_eq!(&sent[0][..], narrow.row_bytes(0));
+        assert_eq!(sent[1].as_ptr(), narrow.row_bytes(2).as_ptr());
+        let expected: Vec<u8> =
+            rows.iter().flat_map(|row| narrow.row_bytes(*row as usize)).copied().collect();
+        assert_eq!(sent.concat(), expected);
     }
 }
