@@ -205,6 +205,8 @@ BEGIN
         PERFORM dedup.set_run_status(run, '{created,failed,running}', 'running', 'run_started');
         COMMIT;
     END IF;
+    PERFORM dedup.warm_filter_once();
+    COMMIT;
     LOOP
         FOR chunk IN SELECT c.chunk_id FROM dedup.checkpoints AS c JOIN dedup.run_tables AS t USING (run_id, table_id)
                      WHERE c.run_id OPERATOR(pg_catalog.=) run AND c.status OPERATOR(pg_catalog.=) 'pending'

@@ -260,6 +260,12 @@ fn begin_chunk(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool, ErrorRepo
 /// As there.
 pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
     shmem::attached()?;
+    // SAFETY: a backend's own setting.
+    if unsafe { pg_sys::XactIsoLevel } != pg_sys::XACT_READ_COMMITTED as i32 {
+        return Err(Error::state("a chunk is done in a READ COMMITTED transaction")
+            .detail("Under a stricter level rows that others committed meanwhile could be neither seen nor replaced.")
+            .hint("SET TRANSACTION ISOLATION LEVEL READ COMMITTED"));
+    }
     if let Some(open) = unfinished() {
         return Err(Error::state(format!("chunk {open} is still open")).hint("finish it first, or ROLLBACK"));
     }

@@ -111,7 +111,8 @@ fn read(chunk: &OpenChunk) -> Result<Batch> {
 
 impl SourceSpec {
     fn query(&self, kind: &str, lower: Option<&[String]>, upper: Option<&[String]>) -> String {
-        let mut conditions: Vec<String> = self.filter.iter().map(|f| format!("({f})")).collect();
+        // On a line of its own: the filter may end in a comment.
+        let mut conditions: Vec<String> = self.filter.iter().map(|f| format!("({f}\n)")).collect();
         let nullable = self.key.iter().zip(&self.key_nullable).filter(|(_, nullable)| **nullable);
         if kind == "null_key" {
             let nulls: Vec<String> = nullable.map(|(key, _)| format!("{key} IS NULL")).collect();
@@ -170,6 +171,8 @@ impl Writer<'_> {
             // which comes after every claim.
             self.resolve()?;
             self.write(&[Way::Upsert])?;
+            let superseded = self.fold.superseded();
+            self.remove(&superseded)?;
             let kept = self.fold.refused_replacements()?;
             let keys: Vec<&[u8]> =
                 wire::keys(&kept).collect::<std::result::Result<_, _>>().map_err(FoldError::from)?;

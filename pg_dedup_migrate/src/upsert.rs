@@ -133,6 +133,9 @@ pub fn match_rows(chunk: &mut OpenChunk, keys: &[&[u8]], row_digests: &[[u8; 32]
             (_, false) => Match::Collision,
         };
     }
+    if !stored.is_empty() {
+        part_spellings(keys, &found, &key_of, &mut matches);
+    }
     if chunk.shares_target {
         remember_unchanged(chunk, &found, &key_of, &mut matches)?;
     }
@@ -147,6 +150,28 @@ pub fn match_rows(chunk: &mut OpenChunk, keys: &[&[u8]], row_digests: &[[u8; 32]
     chunk.respelled =
         Rc::new(stored.into_iter().map(|(n, stored)| (keys[n as usize].to_vec(), stored)).collect());
     Ok(matches)
+}
+
+/// One row under two keys that differ in their bytes ('a' and 'A' under a collation that ignores case): the first record has it. Keys of the
+/// same bytes are told apart by whoever asks.
+fn part_spellings<'k>(
+    keys: &[&[u8]],
+    found: &[([u8; 32], u32)],
+    key_of: &dyn Fn(u32) -> &'k [u8],
+    matches: &mut [Match],
+) {
+    let mut positions: Vec<u32> = found.iter().map(|(_, n)| *n).collect();
+    positions.sort_unstable();
+    let mut holder: HashMap<&[u8], u32> = HashMap::with_capacity(positions.len());
+    for n in positions {
+        let first = *holder.entry(key_of(n)).or_insert(n);
+        if keys[first as usize] != keys[n as usize] {
+            matches[n as usize] = match matches[n as usize] {
+                Match::Unchanged => Match::Redelivered,
+                _ => Match::Collision,
+            };
+        }
+    }
 }
 
 /// Rows found unchanged have no entry of this pass that would tell a later record of another source that their key is taken: such keys are

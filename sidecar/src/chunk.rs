@@ -65,6 +65,8 @@ pub async fn write_chunk(context: &ChunkContext<'_>, read: &ReadChunk) -> Result
         // What becomes of the rows to be replaced decides whether their old contents may be written elsewhere.
         writer.resolve().await?;
         writer.write(Way::Upsert).await?;
+        let superseded = writer.fold.superseded();
+        writer.remove(&superseded).await?;
         let kept = writer.fold.refused_replacements()?;
         if !kept.is_empty() {
             let contents = calls.keep_rows(&kept).await?;
@@ -76,13 +78,9 @@ pub async fn write_chunk(context: &ChunkContext<'_>, read: &ReadChunk) -> Result
     writer.resolve().await?;
     failpoint::reach(Failpoint::Resolved).await;
     writer.write_the_rest().await?;
-    let mut fold = writer.fold;
-
-    let superseded = fold.settle()?;
-    let kept = remove_rows(calls, &superseded, |rows| Ok(fold.packed_keys(rows)?)).await?;
-    for (row, refusal) in kept {
-        fold.keep(row, refusal);
-    }
+    let superseded = writer.fold.settle()?;
+    writer.remove(&superseded).await?;
+    let fold = writer.fold;
     over_budget(fold.refused().len(), context.error_budget)?;
     quarantine(calls, &fold, read).await?;
     failpoint::reach(Failpoint::BeforeFinish).await;
@@ -124,6 +122,15 @@ impl Writer<'_> {
         }
         let verdicts = self.calls.resolve(&pending).await?;
         Ok(self.fold.resolved(&verdicts)?)
+    }
+
+    /// Removes the rows of superseded records. Where one cannot go (a foreign key points at it), the record is set aside.
+    async fn remove(&mut self, superseded: &[u32]) -> Result<()> {
+        let kept = remove_rows(self.calls, superseded, |rows| Ok(self.fold.packed_keys(rows)?)).await?;
+        for (row, refusal) in kept {
+            self.fold.keep(row, refusal);
+        }
+        Ok(())
     }
 
     /// Writes in both ways until nobody is left who can be written.
@@ -263,6 +270,11 @@ impl Judge for ChunkJudge<'_, '_> {
         }
         let Some((schema, constraint)) = &row.constraint else { return Ok(()) };
         if !is_key(self.context, schema, constraint).await? || self.fold.key_is_repeated(row.row) {
+            return Ok(());
+        }
+        // Done again, the chunk asks for its keys first and would have found a row that came from outside: two of its records spell
+        // one key in two ways ('a' and 'A' under a collation that ignores case).
+        if self.context.lease.attempt > 1 {
             return Ok(());
         }
         Err(Error::new(

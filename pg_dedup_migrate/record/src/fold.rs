@@ -443,19 +443,33 @@ impl<'a> Fold<'a> {
         if self.keyless { &[] } else { self.key_bytes.get(row as usize) }
     }
 
-    /// Decides what is left when everything has been written that can be. Returns the records whose rows stand in the target
-    /// with content they no longer have in the source, and whose new content another row has: those rows are to go.
-    pub fn settle(&mut self) -> Result<Vec<u32>> {
+    /// Records whose rows stand in the target with content they no longer have in the source, and whose new content another row has by
+    /// now: they are duplicates, and those rows are to go.
+    pub fn superseded(&mut self) -> Vec<u32> {
         let mut superseded = Vec::new();
+        for row in 0..self.batch.len() {
+            let open = matches!(self.outcomes[row], Outcome::Open | Outcome::Parked);
+            if open && self.keys[row] == Key::Changed && self.stands_elsewhere(row) {
+                self.outcomes[row] = Outcome::Duplicate;
+                superseded.push(row as u32);
+            }
+        }
+        superseded
+    }
+
+    fn stands_elsewhere(&self, row: usize) -> bool {
+        self.states[self.group_of[row] as usize] == GroupState::Standing
+    }
+
+    /// Decides what is left when everything has been written that can be. Returns what is superseded since it was last asked for.
+    pub fn settle(&mut self) -> Result<Vec<u32>> {
+        let superseded = self.superseded();
         for row in 0..self.batch.len() {
             if !matches!(self.outcomes[row], Outcome::Open | Outcome::Parked) {
                 continue;
             }
-            if self.states[self.group_of[row] as usize] == GroupState::Standing {
+            if self.stands_elsewhere(row) {
                 self.outcomes[row] = Outcome::Duplicate;
-                if self.keys[row] == Key::Changed {
-                    superseded.push(row as u32);
-                }
             } else if self.keys[row] == Key::Repeated {
                 self.refuse(row as u32, Refusal::key_collision());
             } else {

@@ -153,6 +153,52 @@ async fn a_refused_update_of_a_key_that_is_spelled_otherwise() {
     assert_eq!(db.column("SELECT sqlstate FROM dedup.quarantine").await, ["23514"]);
 }
 
+/// Keys that the source tells apart and the target does not: the first record has the key, the others are set aside.
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_that_only_the_target_takes_for_equal() {
+    let pair = Pair::start().await;
+    pair.source
+        .exec("CREATE TABLE s (k text PRIMARY KEY, body text); INSERT INTO s VALUES ('a', '1'), ('A', '2'), ('b', '3'), ('B', '4')")
+        .await;
+    pair.target
+        .exec(
+            "CREATE COLLATION any_case (provider = icu, locale = 'und-u-ks-level2', deterministic = false); \
+             CREATE TABLE s (k text COLLATE any_case PRIMARY KEY, body text); INSERT INTO s VALUES ('B', 'old')",
+        )
+        .await;
+    pair.run(&["public.s"]).exits(exit::LEFT_ASIDE).await;
+    assert_eq!(pair.target.column("SELECT k || body FROM s ORDER BY body").await, ["a1", "b3"]);
+    assert_eq!(
+        pair.target.column("SELECT source_key || ' ' || sqlstate FROM dedup.quarantine ORDER BY 1").await,
+        ["k=A 23505", "k=B 23505"]
+    );
+}
+
+/// A row that has to go, since its new content stands elsewhere, and can't, since it is referenced: it keeps its content, and the chunk writes
+/// that nowhere else.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_referenced_row_that_is_superseded() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec(
+        "CREATE TABLE s (id int PRIMARY KEY, body text); INSERT INTO s VALUES (1, 'Y'), (2, 'X'), (9, 'Y'); \
+         CREATE TABLE t (id int PRIMARY KEY, body text); INSERT INTO t VALUES (1, 'X'), (9, 'Y'); \
+         CREATE TABLE child (id int REFERENCES t); INSERT INTO child VALUES (1)",
+    )
+    .await;
+    let run: String = db.one("SELECT dedup.create_run('referenced')::text").await;
+    db.exec(&format!("SELECT dedup.add_table('{run}', 'public.s', 'public.t', NULL, '{{body}}')")).await;
+    db.exec(&format!("SELECT dedup.plan_chunks('{run}')")).await;
+    db.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+    assert_eq!(status(db, &run).await, "done");
+    assert_eq!(db.column("SELECT id || body FROM t ORDER BY id").await, ["1X", "9Y"]);
+    assert_eq!(db.column("SELECT source_key || ' ' || sqlstate FROM dedup.quarantine").await, ["id=1 23503"]);
+    assert_eq!(
+        db.column("SELECT concat_ws(' ', unchanged_count, duplicate_count, quarantined_count) FROM dedup.checkpoints").await,
+        ["1 1 1"]
+    );
+}
+
 /// A run that is given up after it replaced the survivor of another run's loser: that other run has to write the loser.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cancelled_run_leaves_no_orphans() {

@@ -173,8 +173,9 @@ async fn digests_that_share_64_bits_are_told_apart() {
     let bench = Bench::new(2).await;
     let mut one = content_digest("one");
     let mut other = one;
-    other[8..].fill(0xff);
-    one[8..].fill(0x00);
+    // A slot is found by the first eight bytes and compares the next eight.
+    other[16..].fill(0xff);
+    one[16..].fill(0x00);
     let (first, second) = (bench.worker().await, bench.worker().await);
     assert_eq!(first.claim(&[one, other]).await.expect("claim"), [NEW, NEW]);
     first.rollback().await;
@@ -265,7 +266,21 @@ const CONTENTS: u64 = 120;
 /// content written twice, never one dropped that nobody wrote.
 #[tokio::test(flavor = "multi_thread")]
 async fn four_claimers_with_random_aborts() {
+    claim_and_abort(false).await;
+}
+
+/// The same where the filter spares look-ups, and the recheck after the sweep is what counts.
+#[tokio::test(flavor = "multi_thread")]
+async fn four_claimers_with_random_aborts_and_a_warm_filter() {
+    claim_and_abort(true).await;
+}
+
+async fn claim_and_abort(warm: bool) {
     let bench = Bench::new(usize::try_from(CLAIMERS * CHUNKS_EACH).expect("a small number")).await;
+    if warm {
+        bench.db.exec("SELECT dedup.warm_filter()").await;
+    }
+    assert_eq!(bench.db.one::<bool>("SELECT warm FROM dedup.filter_stats()").await, warm);
     let mut tasks = Vec::new();
     for seed in 0..CLAIMERS {
         let worker = bench.idle_worker().await;
