@@ -17,10 +17,10 @@ use pgrx::{
 
 use crate::error::{Error, Result};
 use crate::keyset::{self, KeyTypes};
+use crate::matching::Standing;
 use crate::planning::ByIndex;
 use crate::relation;
 use crate::shmem::{self, Scope, warmth};
-use crate::upsert::Standing;
 
 /// One chunk between `begin_chunk` and the end of its transaction.
 #[derive(Clone)]

@@ -16,11 +16,11 @@ use crate::error::{Error, Result};
 use crate::hash::rows;
 use crate::keyset::column_list;
 use crate::ledger;
+use crate::matching::Standing;
 use crate::planning::ByIndex;
 use crate::relation::{Access, Table};
 use crate::segment::{SegmentWriter, next_number};
 use crate::shmem::claims;
-use crate::upsert::Standing;
 
 /// The six counts and the six checksums of a chunk, in the order of the books: source, inserted, updated, unchanged, duplicate, quarantined.
 pub struct Books {

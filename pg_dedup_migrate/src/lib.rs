@@ -1,7 +1,7 @@
 //! `pg_dedup_migrate`: content-deduplicating, verified, resumable migration into PostgreSQL.
 //!
 //! ```text
-//!   worker ──begin_chunk──▶ chunk ──match_keys──▶ upsert
+//!   worker ──begin_chunk──▶ chunk ──match_keys──▶ matching ──▶ upsert
 //!                             │
 //!                           claim ──▶ shmem (filter, claims, warmth)
 //!                             │  └──▶ lookup ──▶ segment ──▶ relation
@@ -27,6 +27,7 @@ mod keyset;
 mod ledger;
 mod local;
 mod lookup;
+mod matching;
 mod orphans;
 #[cfg(test)]
 pub mod pg_test;

@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::finish::{self, Books};
 use crate::hash::rows;
 use crate::keyset::quote_literal;
+use crate::matching;
 use crate::upsert;
 
 /// Records of one chunk that may be refused before it fails.
@@ -159,7 +160,7 @@ impl Writer<'_> {
             let keys: Vec<&[u8]> =
                 wire::keys(&ask.keys).collect::<std::result::Result<_, _>>().map_err(FoldError::from)?;
             let (digests, _) = ask.row_digests.as_chunks::<32>();
-            let matches = upsert::match_rows(self.chunk, &keys, digests)?;
+            let matches = matching::match_rows(self.chunk, &keys, digests)?;
             self.fold.matched(&ask, &matches.into_iter().map(|m| m as u8).collect::<Vec<_>>())?;
         }
         let digests = self.fold.digests_to_claim();
