@@ -124,22 +124,12 @@ impl SourceSpec {
         }
         for (bound, operator) in [(lower, ">="), (upper, "<")] {
             let Some(bound) = bound else { continue };
-            if kind == "ctid" {
-                conditions.extend(
-                    bound.first().map(|b| format!("ctid {operator} {}::pg_catalog.tid", quote_literal(b))),
-                );
-            } else {
-                let values: Vec<String> = bound
-                    .iter()
-                    .zip(&self.key_types)
-                    .map(|(v, t)| format!("{}::{t}", quote_literal(v)))
-                    .collect();
-                conditions.push(format!(
-                    "ROW({}) {operator} ROW({})",
-                    self.key.join(", "),
-                    values.join(", ")
-                ));
-            }
+            let values: Vec<String> = bound
+                .iter()
+                .zip(&self.key_types)
+                .map(|(v, t)| format!("{}::{t}", quote_literal(v)))
+                .collect();
+            conditions.push(format!("ROW({}) {operator} ROW({})", self.key.join(", "), values.join(", ")));
         }
         let condition = if conditions.is_empty() { "true".to_owned() } else { conditions.join(" AND ") };
         format!("SELECT {} FROM {} WHERE {condition}", self.select.join(", "), self.relation)

@@ -114,9 +114,9 @@ pub fn match_rows(chunk: &mut OpenChunk, keys: &[&[u8]], row_digests: &[[u8; 32]
     let key_of = |n: u32| stored.get(&n).map_or(keys[n as usize], Vec::as_slice);
 
     let updated_before = updated_before(chunk)?;
-    let mut seen: HashSet<&[u8]> = HashSet::with_capacity(keys.len());
-    let repeated: Vec<bool> = keys.iter().map(|key| !seen.insert(key)).collect();
-    for (n, by_this_chunk) in written_by_this_pass(chunk, &found, &key_of)? {
+    let written = written_by_this_pass(chunk, &found, &key_of)?;
+    let repeated = if written.is_empty() { Vec::new() } else { repeated(keys) };
+    for (n, by_this_chunk) in written {
         let m = &mut matches[n as usize];
         *m = match (*m, by_this_chunk) {
             (Match::Unchanged, false) => Match::Redelivered,
@@ -150,6 +150,12 @@ pub fn match_rows(chunk: &mut OpenChunk, keys: &[&[u8]], row_digests: &[[u8; 32]
     chunk.respelled =
         Rc::new(stored.into_iter().map(|(n, stored)| (keys[n as usize].to_vec(), stored)).collect());
     Ok(matches)
+}
+
+/// Of each key, whether it was asked for before in the same list.
+fn repeated(keys: &[&[u8]]) -> Vec<bool> {
+    let mut seen = HashSet::with_capacity(keys.len());
+    keys.iter().map(|key| !seen.insert(*key)).collect()
 }
 
 /// One row under two keys that differ in their bytes ('a' and 'A' under a collation that ignores case): the first record has it. Keys of the

@@ -14,6 +14,19 @@ async fn plan(db: &Db, sources: &[&str], target: &str) -> String {
     run
 }
 
+const WORKER: &str = "00000000-0000-0000-0000-000000000001";
+
+/// A run whose one table, `public.s` into `t`, workers read; [`WORKER`] may lease its chunks. Returns its id.
+async fn remote_run(db: &Db, spec: &str, chunks: &str) -> String {
+    let run: String = db.one("SELECT dedup.create_run('remote')::text").await;
+    db.exec(&format!(
+        "SELECT dedup.add_table('{run}', 'public.s', 't', options => '{{\"source\": {{}}}}'), dedup.set_source_spec('{run}', 1, '{spec}'), \
+                dedup.add_chunks('{run}', 1, '{chunks}'), dedup.heartbeat('{WORKER}', '{run}')"
+    ))
+    .await;
+    run
+}
+
 async fn status(db: &Db, run: &str) -> String {
     db.one(&format!("SELECT status FROM dedup.runs WHERE run_id = '{run}'")).await
 }
@@ -85,15 +98,13 @@ async fn a_lease_names_its_snapshot() {
     let pair = Pair::start().await;
     let db = &pair.target;
     db.exec("CREATE TABLE t (body text)").await;
-    let run: String = db.one("SELECT dedup.create_run('keyless')::text").await;
-    let worker = "00000000-0000-0000-0000-000000000001";
-    db.exec(&format!(
-        "SELECT dedup.add_table('{run}', 'public.s', 't', options => '{{\"source\": {{}}}}'), \
-                dedup.set_source_spec('{run}', 1, '{{\"key_types\": [], \"snapshot\": \"first\"}}'), \
-                dedup.add_chunks('{run}', 1, '[{{\"kind\": \"ctid\"}}, {{\"kind\": \"ctid\"}}]'), dedup.heartbeat('{worker}', '{run}')"
-    ))
+    let run = remote_run(
+        db,
+        r#"{"key_types": [], "snapshot": "first"}"#,
+        r#"[{"kind": "ctid"}, {"kind": "ctid"}]"#,
+    )
     .await;
-    let lease = format!("SELECT snapshot FROM dedup.lease_chunk('{run}', '{worker}')");
+    let lease = format!("SELECT snapshot FROM dedup.lease_chunk('{run}', '{WORKER}')");
     assert_eq!(db.one::<String>(&lease).await, "first");
     db.exec(&format!(
         "SELECT dedup.set_source_spec('{run}', 1, '{{\"key_types\": [], \"snapshot\": \"second\"}}'), dedup.restart_table('{run}', 1)"
@@ -257,20 +268,13 @@ async fn only_what_is_nobodys_fault_burns_no_attempt() {
     let pair = Pair::start().await;
     let db = &pair.target;
     db.exec("CREATE TABLE t (id int PRIMARY KEY)").await;
-    let run: String = db.one("SELECT dedup.create_run('slow')::text").await;
-    let worker = "00000000-0000-0000-0000-000000000001";
-    db.exec(&format!(
-        "SELECT dedup.add_table('{run}', 'public.s', 't', options => '{{\"source\": {{}}}}'), \
-                dedup.set_source_spec('{run}', 1, '{{\"key_types\": [\"int4\"]}}'), \
-                dedup.add_chunks('{run}', 1, '[{{\"kind\": \"key\"}}]'), dedup.heartbeat('{worker}', '{run}')"
-    ))
-    .await;
+    let run = remote_run(db, r#"{"key_types": ["int4"]}"#, r#"[{"kind": "key"}]"#).await;
     let mut attempts = Vec::new();
     for free in ["true", "false", "false"] {
         db.exec("UPDATE dedup.checkpoints SET not_before = NULL").await;
         db.exec(&format!(
             "SELECT dedup.fail_chunk('{run}', l.chunk_id, l.lease, '57014', 'canceled', retry => true, free => {free}) \
-             FROM dedup.lease_chunk('{run}', '{worker}') AS l"
+             FROM dedup.lease_chunk('{run}', '{WORKER}') AS l"
         ))
         .await;
         attempts.push(db.one::<i32>("SELECT attempts FROM dedup.checkpoints").await);
