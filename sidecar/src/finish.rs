@@ -83,8 +83,14 @@ pub async fn vacuum_analyze(endpoint: &Endpoint, tables: &[TableName], at_once: 
     Ok(())
 }
 
+/// An autovacuum worker that took to the table meanwhile holds the lock that VACUUM needs. The server sends it away for us, but only after
+/// `deadlock_timeout`, one second by default, in which nobody does anything. Not every role may set it: then it is waited for.
+const IMPATIENT: &str = "SELECT pg_catalog.set_config('deadlock_timeout', '10ms', false) \
+                         WHERE pg_catalog.has_parameter_privilege('deadlock_timeout', 'SET')";
+
 async fn vacuum(endpoint: &Endpoint, table: &TableName) -> Result<()> {
     let session = endpoint.connect(Role::Admin).await?;
+    session.client.batch_execute(IMPATIENT).await.at(Side::Target, "setting deadlock_timeout")?;
     session
         .client
         .batch_execute(&format!("VACUUM (ANALYZE, PROCESS_TOAST FALSE) {}", table.quoted()))
