@@ -7,6 +7,7 @@ use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
+use pg_dedup_record::fold::Lists;
 use pg_dedup_record::layout::Layout;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -53,6 +54,8 @@ pub struct OpenChunk {
     pub shares_target: bool,
     /// What an earlier finish of this chunk wrote and is still there.
     pub standing: Standing,
+    /// Parts of manifest and ledger received so far.
+    pub lists: Rc<Lists>,
     /// `claim` was called: it is called once a chunk.
     pub claimed: bool,
     /// `finish_chunk` closed its books: only then may the transaction commit.
@@ -99,6 +102,13 @@ impl OpenChunk {
         Ok(digests)
     }
 
+    /// Takes a part of manifest and ledger.
+    pub fn add_lists(&mut self, manifest: &[u8], ledger: &[u8]) {
+        let lists = Rc::make_mut(&mut self.lists);
+        lists.manifest.extend_from_slice(manifest);
+        lists.ledger.extend_from_slice(ledger);
+    }
+
     /// The target's name, quoted and qualified.
     pub fn target_name(&self) -> String {
         keyset::qualified_name(self.target)
@@ -138,7 +148,7 @@ thread_local! {
 /// Calls `work` with the open chunk, which must be this one.
 ///
 /// # Errors
-/// 55000 without a `begin_chunk` for it in this transaction; what `work` returns.
+/// 55000 without a `begin_chunk` for it in this transaction, or after its `finish_chunk`; what `work` returns.
 pub fn with_open<T>(run: Uuid, chunk_id: &str, work: impl FnOnce(&mut OpenChunk) -> Result<T>) -> Result<T> {
     // Taken out while `work` runs: an error leaves it half changed, and only what BEFORE remembers may come back.
     let mut chunk = OPEN
@@ -147,6 +157,10 @@ pub fn with_open<T>(run: Uuid, chunk_id: &str, work: impl FnOnce(&mut OpenChunk)
             Error::state(format!("chunk {chunk_id} is not open in this transaction"))
                 .hint("call dedup.begin_chunk first")
         })?;
+    if chunk.finished {
+        OPEN.set(Some(chunk));
+        return Err(Error::state(format!("chunk {chunk_id} is finished")).hint("COMMIT, then lease another"));
+    }
     let here = subtransaction();
     if here != chunk.changed_in {
         BEFORE.with_borrow_mut(|before| before.push((here, Some(chunk.clone()))));
@@ -335,6 +349,7 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
             respelled: Rc::default(),
             shares_target: required(found["shares_target"].value()?)?,
             standing: Standing::default(),
+            lists: Rc::default(),
             claimed: false,
             finished: false,
             changed_in: subtransaction(),

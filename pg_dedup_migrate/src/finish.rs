@@ -82,6 +82,19 @@ impl Books {
     }
 }
 
+/// `dedup.add_lists`: parts of the manifest and the ledger that `finish_chunk` would take, sent ahead of it in their order. Megabytes in one
+/// message would be copied whole, several times, on either side.
+///
+/// # Errors
+/// 55000 without an open chunk. What the lists hold is looked at by `finish_chunk`.
+#[pg_extern(volatile, parallel_unsafe)]
+fn add_lists(run: Uuid, chunk_id: &str, manifest: &[u8], ledger: &[u8]) -> Result<(), ErrorReport> {
+    Ok(chunk::with_open(run, chunk_id, |chunk| {
+        chunk.add_lists(manifest, ledger);
+        Ok(())
+    })?)
+}
+
 /// `dedup.finish_chunk`; the packed arguments are described in docs/protocol.md.
 ///
 /// # Errors
@@ -98,30 +111,28 @@ fn finish_chunk(
     info: JsonB,
 ) -> Result<i64, ErrorReport> {
     let books = Books::parse(&counts, checksums)?;
-    Ok(chunk::with_open(run, chunk_id, |chunk| finish(chunk, &books, manifest, ledger, &info))?)
+    Ok(chunk::with_open(run, chunk_id, |chunk| {
+        chunk.add_lists(manifest, ledger);
+        finish(chunk, &books, &info)
+    })?)
 }
 
 /// The work of [`finish_chunk`]; returns the ordinal.
 ///
 /// # Errors
 /// As there.
-pub fn finish(
-    chunk: &mut OpenChunk,
-    books: &Books,
-    manifest: &[u8],
-    ledger: &[u8],
-    info: &JsonB,
-) -> Result<i64> {
+pub fn finish(chunk: &mut OpenChunk, books: &Books, info: &JsonB) -> Result<i64> {
     books.check_balance()?;
     let ordinal = draw_ordinal(chunk)?;
     let tombstones = retractions(ordinal)?;
     let written = books.written(&chunk.standing);
-    let manifest = read_manifest(manifest, &written)?;
+    let lists = chunk.lists.clone();
+    let manifest = read_manifest(&lists.manifest, written.0)?;
     claims::verify_ours(chunk.scope(), manifest.iter().map(|e| e.digest.as_bytes()))?;
     check_refused_replacements(chunk, &manifest, &tombstones)?;
 
     write_segment(chunk.target_id, ordinal as u64, &manifest, &tombstones)?;
-    ledger::write(chunk.target_id, ordinal, ledger, books.counts[DUPLICATE])?;
+    ledger::write(chunk.target_id, ordinal, &lists.ledger, books.counts[DUPLICATE])?;
     if !chunk.keyless() {
         read_back(chunk, &written, &manifest)?;
     }
@@ -173,15 +184,13 @@ fn retractions(ordinal: i64) -> Result<Vec<(Digest, Vec<u8>)>> {
     })
 }
 
-fn read_manifest<'a>(bytes: &'a [u8], written: &(i64, Checksum)) -> Result<Vec<wire::ManifestEntry<'a>>> {
+fn read_manifest(bytes: &[u8], written: i64) -> Result<Vec<wire::ManifestEntry<'_>>> {
     let entries: Vec<_> = wire::manifest(bytes)
         .collect::<std::result::Result<_, _>>()
         .map_err(|e| Error::invalid(format!("malformed manifest: {e}")))?;
-    let mut sum = Checksum::default();
-    entries.iter().for_each(|e| sum.add(&e.row_digest));
-    if (entries.len() as i64, sum) != *written {
+    if entries.len() as i64 != written {
         return Err(Error::invalid("the manifest does not list what the books say was written")
-            .detail(format!("{} entries, {} rows written.", entries.len(), written.0)));
+            .detail(format!("{} entries, {written} rows written.", entries.len())));
     }
     Ok(entries)
 }
@@ -231,14 +240,8 @@ fn write_segment(
                 bury(&mut writer, digest, key)?;
             }
         }
-        let mut row_digest = [0; 8];
-        row_digest.copy_from_slice(&entry.row_digest.as_bytes()[..8]);
-        writer.push(&Entry {
-            digest: entry.digest,
-            stamp: Stamp { ordinal, tombstone: false },
-            row_digest,
-            key: entry.key,
-        })?;
+        let stamp = Stamp { ordinal, tombstone: false };
+        writer.push(&Entry { digest: entry.digest, stamp, row_digest: entry.row_digest, key: entry.key })?;
     }
     for (digest, key) in tombstones {
         bury(&mut writer, digest, key)?;
@@ -261,7 +264,7 @@ fn read_back(
     }
     let _plan = ByIndex::new();
     if chunk.range.is_none() {
-        return read_back_by_key(chunk, manifest);
+        return read_back_by_key(chunk, written, manifest);
     }
     if read_back_by_range(chunk, None)? == *written {
         return Ok(());
@@ -271,7 +274,7 @@ fn read_back(
     if since == *written {
         return Ok(());
     }
-    read_back_by_key(chunk, manifest)?;
+    read_back_by_key(chunk, written, manifest)?;
     let more = since.0 - written.0;
     if more > 0 {
         return Err(unlike(chunk, format!("It holds {more} rows more than were sent.")));
@@ -315,7 +318,12 @@ fn unlike(chunk: &OpenChunk, detail: String) -> Error {
     .hint("look for a trigger, rule or policy that rewrites, adds or drops rows of the target")
 }
 
-fn read_back_by_key(chunk: &OpenChunk, manifest: &[wire::ManifestEntry<'_>]) -> Result<()> {
+/// Row by row. An entry has but the beginning of its row digest, which says which rows differ; whether any does, the sum of whole ones says.
+fn read_back_by_key(
+    chunk: &OpenChunk,
+    written: &(i64, Checksum),
+    manifest: &[wire::ManifestEntry<'_>],
+) -> Result<()> {
     let keys: Vec<&[u8]> = manifest.iter().map(|e| e.key).collect();
     let arrays = chunk.key_types.arrays(&keys)?;
     let query = format!(
@@ -327,6 +335,7 @@ fn read_back_by_key(chunk: &OpenChunk, manifest: &[wire::ManifestEntry<'_>]) -> 
     );
     let mut seen = vec![false; manifest.len()];
     let mut different = 0usize;
+    let mut sum = Checksum::default();
     let mut example = None;
     let mut own = OwnRows::default();
     rows::scan(&query, &arrays, &chunk.layout, 2, |row| {
@@ -334,14 +343,19 @@ fn read_back_by_key(chunk: &OpenChunk, manifest: &[wire::ManifestEntry<'_>]) -> 
         let entry = &manifest[n];
         let digests = row.digests()?;
         seen[n] = true;
-        if !own.contains(&row)? || digests.row != entry.row_digest || digests.content != entry.digest {
+        sum.add(&digests.row);
+        if !own.contains(&row)? || digests.row.short() != entry.row_digest || digests.content != entry.digest
+        {
             different += 1;
             example.get_or_insert(n);
         }
         Ok(())
     })?;
     let missing = seen.iter().filter(|s| !**s).count();
-    let Some(n) = example.or_else(|| seen.iter().position(|s| !s)) else { return Ok(()) };
+    let Some(n) = example.or_else(|| seen.iter().position(|s| !s)) else {
+        let same = sum == written.1;
+        return if same { Ok(()) } else { Err(unlike(chunk, "The checksums of its rows differ.".into())) };
+    };
     Err(unlike(
         chunk,
         format!(

@@ -132,11 +132,9 @@ fn index_rows(target: &Target) -> Result<i64> {
     let mut added = 0;
     rows::scan(&query, &[], &target.layout, 0, |row| {
         let digests = row.digests()?;
-        let mut row_digest = [0; 8];
-        row_digest.copy_from_slice(&digests.row.as_bytes()[..8]);
         let mut key = Vec::new();
         row.write_key(&mut key)?;
-        batch.push(Indexed { digest: digests.content, row_digest, key });
+        batch.push(Indexed { digest: digests.content, row_digest: digests.row.short(), key });
         if batch.len() == BATCH {
             added += write_batch(target, ordinal, indexed_before, &mut batch)?;
         }

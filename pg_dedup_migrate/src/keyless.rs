@@ -174,7 +174,7 @@ fn look_for(
             return Ok(());
         };
         let entry = &mut expected[at];
-        if !entry.seen && digests.row.as_bytes()[..8] == entry.row_digest {
+        if !entry.seen && digests.row.short() == entry.row_digest {
             entry.seen = true;
             let chunk = &mut chunks[chunk_of[&entry.ordinal]];
             if chunk.ordinal == entry.ordinal {

@@ -64,13 +64,11 @@ fn migrate(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<()> {
         let books = fold.books()?;
         let info = JsonB(serde_json::json!({ "source_bytes": batch.data().len() }));
         let counts: Vec<i64> = books.counts.iter().map(|&n| n as i64).collect();
-        finish::finish(
-            chunk,
-            &Books::parse(&counts, &books.checksums)?,
-            &books.manifest,
-            &books.ledger,
-            &info,
-        )?;
+        for part in fold.lists(usize::MAX) {
+            let part = part?;
+            chunk.add_lists(&part.manifest, &part.ledger);
+        }
+        finish::finish(chunk, &Books::parse(&counts, &books.checksums)?, &info)?;
         Ok(())
     })
 }

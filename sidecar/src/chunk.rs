@@ -18,6 +18,9 @@ use crate::write::{Judge, RefusedRow, remove_rows, write_rows};
 /// Quarantine calls in flight at once.
 const QUARANTINE_PIPELINE: usize = 32;
 
+/// Bytes of manifest and ledger sent at once.
+const LIST_PART_BYTES: usize = 512 << 10;
+
 /// What a chunk's transaction is done with.
 pub struct ChunkContext<'a> {
     /// The connection that leased the chunk.
@@ -86,6 +89,9 @@ pub async fn write_chunk(context: &ChunkContext<'_>, read: &ReadChunk) -> Result
     failpoint::reach(Failpoint::BeforeFinish).await;
     let written = started.elapsed();
 
+    for part in fold.lists(LIST_PART_BYTES) {
+        calls.add_lists(&part?).await?;
+    }
     let books = fold.books()?;
     let info = json!({
         "source_bytes": read.bytes,

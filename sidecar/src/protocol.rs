@@ -1,6 +1,6 @@
 //! The worker protocol's calls (docs/protocol.md), typed. Every statement is prepared once a session.
 
-use pg_dedup_record::fold::{Books, Refusal};
+use pg_dedup_record::fold::{Books, Lists, Refusal};
 use serde_json::Value;
 use tokio_postgres::types::ToSql;
 use uuid::Uuid;
@@ -260,12 +260,20 @@ impl ChunkCalls<'_> {
         Ok(())
     }
 
+    /// A part of manifest and ledger, ahead of [`ChunkCalls::finish_chunk`].
+    pub async fn add_lists(&self, part: &Lists) -> Result<()> {
+        let sql = "SELECT dedup.add_lists($1::uuid, $2::text, $3::bytea, $4::bytea)";
+        let statement = self.session.prepared(sql).await?;
+        let parameters: &Parameters<'_> = &[&self.run, &self.chunk_id, &part.manifest, &part.ledger];
+        self.session.client.execute(&statement, parameters).await.at(Side::Target, "add_lists")?;
+        Ok(())
+    }
+
     /// Closes the books; answers the ordinal.
     pub async fn finish_chunk(&self, books: &Books, info: &Value) -> Result<i64> {
-        let sql = "SELECT dedup.finish_chunk($1::uuid, $2::text, $3::bigint[], $4::bytea, $5::bytea, $6::bytea, $7::jsonb)";
+        let sql = "SELECT dedup.finish_chunk($1::uuid, $2::text, $3::bigint[], $4::bytea, '', '', $5::jsonb)";
         let counts: Vec<i64> = books.counts.iter().map(|n| *n as i64).collect();
-        let parameters: &Parameters<'_> =
-            &[&self.run, &self.chunk_id, &counts, &books.checksums, &books.manifest, &books.ledger, info];
+        let parameters: &Parameters<'_> = &[&self.run, &self.chunk_id, &counts, &books.checksums, info];
         call(self.session, "finish_chunk", sql, parameters).await
     }
 }

@@ -227,7 +227,7 @@ impl Worker {
         let mut manifest = Vec::new();
         for record in entries {
             manifest.extend(record.digest());
-            manifest.extend(row_digest(record.id, &record.body));
+            manifest.extend(&row_digest(record.id, &record.body)[..8]);
             manifest.extend(8u32.to_be_bytes());
             manifest.extend(record.id.to_be_bytes());
         }

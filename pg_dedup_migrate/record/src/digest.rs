@@ -9,12 +9,20 @@ pub struct Digest(pub [u8; Digest::LEN]);
 impl Digest {
     /// Length in bytes.
     pub const LEN: usize = 32;
+    /// Length of [`Digest::short`].
+    pub const SHORT_LEN: usize = 8;
 
     /// The first eight bytes as a big-endian integer. Orders as the digest does, save for ties.
     #[inline]
     pub fn prefix(&self) -> u64 {
         let [a, b, c, d, e, f, g, h, ..] = self.0;
         u64::from_be_bytes([a, b, c, d, e, f, g, h])
+    }
+
+    /// The first eight bytes: what manifests and entries keep of a row digest, beside a whole content digest.
+    #[inline]
+    pub fn short(&self) -> [u8; Digest::SHORT_LEN] {
+        self.prefix().to_be_bytes()
     }
 
     /// The digest in `bytes`, or `None` if they are not exactly [`Digest::LEN`].

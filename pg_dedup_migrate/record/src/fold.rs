@@ -13,13 +13,17 @@
 //!                    the others are duplicates; those that stand in the target with other content are deleted
 //! ```
 
+mod lists;
+
 use std::collections::{HashMap, HashSet};
 use std::sync::OnceLock;
 
 use crate::key_list::KeyList;
 pub use crate::refusal::Refusal;
-use crate::wire::{self, LedgerEntry, ManifestEntry, WireError, encode_key};
-use crate::{Batch, BatchError, Checksum, Digest, Groups};
+use crate::wire::{self, WireError, encode_key};
+use crate::{Batch, BatchError, Checksum, Groups};
+
+pub use lists::{Lists, Parts};
 
 /// Why the records of a chunk can't be settled.
 #[derive(Debug, thiserror::Error)]
@@ -119,17 +123,13 @@ pub struct KeysToMatch {
     pub row_digests: Vec<u8>,
 }
 
-/// The books of a chunk and what goes with them into `finish_chunk`.
+/// The books of a chunk, as `finish_chunk` takes them.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Books {
     /// source, inserted, updated, unchanged, duplicate, quarantined.
     pub counts: [u64; 6],
     /// The same six sums of row digests.
     pub checksums: Vec<u8>,
-    /// Packed manifest.
-    pub manifest: Vec<u8>,
-    /// Packed ledger.
-    pub ledger: Vec<u8>,
 }
 
 /// The state of a chunk's records.
@@ -513,37 +513,12 @@ impl<'a> Fold<'a> {
         books.counts[0] = self.batch.len() as u64;
         sums[0] = self.batch.checksum();
         books.checksums = sums.iter().flat_map(Checksum::to_bytes).collect();
-        self.list(&mut books)?;
         Ok(books)
     }
 
-    /// Manifest and ledger, in the order the protocol wants.
-    fn list(&self, books: &mut Books) -> Result<()> {
-        let mut losers: Vec<u32> = Vec::new();
-        let entries = |counts: &[u64]| counts.iter().sum::<u64>() as usize;
-        let key = self.key_bytes.bytes().checked_div(self.batch.len()).unwrap_or(0) + size_of::<u32>();
-        books.manifest.reserve(entries(&books.counts[1..3]) * (2 * Digest::LEN + key));
-        books.ledger.reserve(entries(&books.counts[4..5]) * (Digest::LEN + key));
-        for g in 0..self.groups.len() {
-            let digest = *self.groups.digest(g);
-            losers.clear();
-            for &row in self.groups.members(g) {
-                match self.outcomes[row as usize] {
-                    Outcome::Inserted | Outcome::Updated => {
-                        let row_digest = self.batch.digests(row as usize).row;
-                        ManifestEntry { digest, row_digest, key: self.key(row) }
-                            .encode(&mut books.manifest)?;
-                    }
-                    Outcome::Duplicate => losers.push(row),
-                    _ => {}
-                }
-            }
-            losers.sort_unstable_by_key(|&row| self.key(row));
-            for &row in &losers {
-                LedgerEntry { digest, key: self.key(row) }.encode(&mut books.ledger)?;
-            }
-        }
-        Ok(())
+    /// Manifest and ledger, once everything is settled, in parts of about so many bytes.
+    pub fn lists(&self, part_bytes: usize) -> Parts<'_> {
+        Parts::new(self, part_bytes)
     }
 }
 
@@ -555,5 +530,4 @@ fn expect_verdicts(call: &'static str, verdicts: &[u8], wanted: usize, highest: 
 }
 
 #[cfg(test)]
-#[path = "fold_tests.rs"]
 mod tests;

@@ -39,11 +39,6 @@ impl KeyList {
         outcome
     }
 
-    /// Bytes of all keys together.
-    pub(crate) fn bytes(&self) -> usize {
-        self.bytes.len()
-    }
-
     /// The key of a row; empty where writing it failed.
     ///
     /// # Panics

@@ -4,7 +4,7 @@
 //! digests      32 bytes each, strictly ascending
 //! row digests  32 bytes each, in the order of the keys they go with
 //! keys         u32 length, key bytes
-//! manifest     digest[32] · row digest[32] · u32 length, key bytes     strictly ascending by digest
+//! manifest     digest[32] · row digest[8] · u32 length, key bytes      strictly ascending by digest
 //! ledger       digest[32] · u32 length, source key bytes               by digest, then key bytes
 //! ```
 //!
@@ -40,8 +40,8 @@ pub enum WireError {
 pub struct ManifestEntry<'a> {
     /// Content digest.
     pub digest: Digest,
-    /// Row digest.
-    pub row_digest: Digest,
+    /// First bytes of the row digest.
+    pub row_digest: [u8; Digest::SHORT_LEN],
     /// Key bytes in the target; empty for a keyless table.
     pub key: &'a [u8],
 }
@@ -63,7 +63,7 @@ impl ManifestEntry<'_> {
     pub fn encode(&self, out: &mut Vec<u8>) -> Result<(), WireError> {
         let length = key_length(self.key)?;
         out.extend_from_slice(&self.digest.0);
-        out.extend_from_slice(&self.row_digest.0);
+        out.extend_from_slice(&self.row_digest);
         out.extend_from_slice(&length);
         out.extend_from_slice(self.key);
         Ok(())
@@ -180,7 +180,7 @@ impl<'a> Iterator for Manifest<'a> {
         let last = &mut self.last;
         self.reader.entry(|reader| {
             let digest = Digest(reader.array()?);
-            let row_digest = Digest(reader.array()?);
+            let row_digest = reader.array()?;
             let key = reader.key()?;
             if last.is_some_and(|last| digest <= last) {
                 return Err(reader.unsorted());
@@ -268,7 +268,7 @@ mod tests {
 
     use super::*;
 
-    type Row = ([u8; 32], [u8; 32], Vec<u8>);
+    type Row = ([u8; 32], [u8; 8], Vec<u8>);
 
     fn rows() -> impl Strategy<Value = Vec<Row>> {
         // Few first bytes, so that digests meet.
@@ -277,13 +277,13 @@ mod tests {
             digest[0] = first;
             digest
         });
-        vec((digest, any::<[u8; 32]>(), vec(0u8..3, 0..5)), 0..8)
+        vec((digest, any::<[u8; 8]>(), vec(0u8..3, 0..5)), 0..8)
     }
 
     fn packed_manifest(rows: &[Row]) -> Vec<u8> {
         let mut out = Vec::new();
         for (digest, row_digest, key) in rows {
-            let entry = ManifestEntry { digest: Digest(*digest), row_digest: Digest(*row_digest), key };
+            let entry = ManifestEntry { digest: Digest(*digest), row_digest: *row_digest, key };
             entry.encode(&mut out).unwrap();
         }
         out
@@ -302,7 +302,7 @@ mod tests {
         fn manifest_and_back(rows in rows()) {
             let packed = packed_manifest(&rows);
             let read: Result<Vec<Row>, _> = manifest(&packed)
-                .map(|entry| entry.map(|e| (e.digest.0, e.row_digest.0, e.key.to_vec())))
+                .map(|entry| entry.map(|e| (e.digest.0, e.row_digest, e.key.to_vec())))
                 .collect();
             match rows.windows(2).position(|pair| pair[0].0 >= pair[1].0) {
                 None => prop_assert_eq!(read, Ok(rows)),

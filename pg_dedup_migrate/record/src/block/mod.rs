@@ -39,7 +39,7 @@ const VERSION: u8 = 2;
 const HEADER_LEN: usize = 20;
 const CRC_AT: usize = 16;
 const VARIABLE_KEYS: u16 = 0xffff;
-const ROW_DIGEST_LEN: usize = 8;
+const ROW_DIGEST_LEN: usize = Digest::SHORT_LEN;
 const PREFIX_LEN: usize = 8;
 const REST_LEN: usize = Digest::LEN - PREFIX_LEN;
 

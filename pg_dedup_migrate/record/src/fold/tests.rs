@@ -50,9 +50,10 @@ fn duplicates_inside_a_chunk_are_written_once() {
     assert!(fold.settle().unwrap().is_empty());
     let books = fold.books().unwrap();
     assert_eq!(books.counts, [3, 2, 0, 0, 1, 0]);
-    let manifest: Vec<_> = wire::manifest(&books.manifest).collect::<std::result::Result<_, _>>().unwrap();
+    let lists = fold.lists(usize::MAX).next().unwrap().unwrap();
+    let manifest: Vec<_> = wire::manifest(&lists.manifest).collect::<std::result::Result<_, _>>().unwrap();
     assert_eq!(manifest.len(), 2);
-    let ledger: Vec<_> = wire::ledger(&books.ledger).collect::<std::result::Result<_, _>>().unwrap();
+    let ledger: Vec<_> = wire::ledger(&lists.ledger).collect::<std::result::Result<_, _>>().unwrap();
     assert_eq!(ledger[0].key, b"3");
 }
 
@@ -210,5 +211,38 @@ fn what_an_earlier_finish_wrote_counts_and_is_not_written_again() {
     assert!(fold.settle().unwrap().is_empty());
     let books = fold.books().unwrap();
     assert_eq!(books.counts, [4, 1, 1, 0, 2, 0]);
-    assert!(books.manifest.is_empty());
+    assert!(fold.lists(usize::MAX).all(|part| part.unwrap().manifest.is_empty()));
+}
+
+#[test]
+fn parts_of_the_lists_add_up() {
+    let keys: Vec<String> = (0..100).map(|n| format!("{n:03}")).collect();
+    let contents: Vec<String> = (0..100).map(|n| format!("{}", n % 40)).collect();
+    let rows: Vec<_> =
+        keys.iter().zip(&contents).map(|(key, content)| (Some(key.as_str()), content.as_str())).collect();
+    let batch = batch(&rows, false);
+    let mut fold = Fold::new(&batch, false).unwrap();
+    claim_all(&mut fold, 0);
+    for row in fold.next_to_write(Way::Insert) {
+        fold.written(row, Way::Insert);
+    }
+    fold.settle().unwrap();
+    let whole: Vec<Lists> = fold.lists(usize::MAX).map(|part| part.unwrap()).collect();
+    assert_eq!(whole.len(), 1);
+    assert_eq!(wire::manifest(&whole[0].manifest).filter(std::result::Result::is_ok).count(), 40);
+    assert_eq!(wire::ledger(&whole[0].ledger).filter(std::result::Result::is_ok).count(), 60);
+    for part_bytes in [1, 100, 1000] {
+        let mut sum = Lists::default();
+        let mut parts = 0;
+        for part in fold.lists(part_bytes) {
+            let part = part.unwrap();
+            // Over by less than one content and its duplicates.
+            assert!(part.manifest.len() + part.ledger.len() < part_bytes + 200);
+            sum.manifest.extend(part.manifest);
+            sum.ledger.extend(part.ledger);
+            parts += 1;
+        }
+        assert!(parts > 1);
+        assert_eq!(sum, whole[0]);
+    }
 }
