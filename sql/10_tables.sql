@@ -183,7 +183,7 @@ COMMENT ON COLUMN dedup.checkpoints.source_bytes IS 'bytes of the records read, 
 COMMENT ON COLUMN dedup.checkpoints.source_lsn IS 'position of the source''s WAL when the chunk was read';
 COMMENT ON COLUMN dedup.checkpoints.timings IS 'seconds by phase, as the worker measured them';
 COMMENT ON COLUMN dedup.checkpoints.started_at IS 'when the last attempt began';
-COMMENT ON COLUMN dedup.checkpoints.written_at IS 'when its rows were written; set while still syncing if verification waits for one scan of a keyless table';
+COMMENT ON COLUMN dedup.checkpoints.written_at IS 'when its rows were written; set while still syncing if verification waits for the run''s end';
 COMMENT ON COLUMN dedup.checkpoints.verified_at IS 'when what was written had been read back and found equal';
 COMMENT ON COLUMN dedup.checkpoints.error_sqlstate IS 'SQLSTATE of the last failed attempt';
 COMMENT ON COLUMN dedup.checkpoints.error_message IS 'its message, without values';

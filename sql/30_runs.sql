@@ -16,19 +16,23 @@ BEGIN
     END IF;
     SELECT string_agg(key, ', ' ORDER BY key) INTO unknown
     FROM jsonb_object_keys(coalesce(options, '{}')) AS key
-    WHERE key NOT IN ('lease_seconds', 'max_attempts', 'sidecar_version', 'settings');
+    WHERE key NOT IN ('lease_seconds', 'max_attempts', 'verify', 'sidecar_version', 'settings');
     IF unknown IS NOT NULL THEN
         RAISE EXCEPTION 'unknown run option: %', unknown USING ERRCODE = 'invalid_parameter_value',
-            HINT = 'Known are lease_seconds, max_attempts, sidecar_version and settings.';
+            HINT = 'Known are lease_seconds, max_attempts, verify, sidecar_version and settings.';
     END IF;
     IF coalesce((options ->> 'lease_seconds')::numeric, 60) <= 0 OR coalesce((options ->> 'max_attempts')::int, 5) <= 0 THEN
         RAISE EXCEPTION 'lease_seconds and max_attempts must be positive' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    IF coalesce(options ->> 'verify', 'chunk') NOT IN ('chunk', 'end') THEN
+        RAISE EXCEPTION 'cannot verify at %', quote_literal(options ->> 'verify') USING ERRCODE = 'invalid_parameter_value',
+            HINT = '"verify" is "chunk" (each chunk is read back before it commits) or "end" (one scan of each target when all is written).';
     END IF;
     INSERT INTO dedup.runs (name, options) VALUES (create_run.name, coalesce(create_run.options, '{}')) RETURNING run_id INTO id;
     PERFORM dedup.log_event(id, NULL, 'run_created', jsonb_build_object('name', name, 'options', options));
     RETURN id;
 END $$;
-COMMENT ON FUNCTION dedup.create_run(text, jsonb) IS 'creates a run; options: lease_seconds (60), max_attempts (5)';
+COMMENT ON FUNCTION dedup.create_run(text, jsonb) IS 'creates a run; options: lease_seconds (60), max_attempts (5), verify (chunk; end: one scan when all is written)';
 
 -- The run's row, or a clear error.
 CREATE FUNCTION dedup.run_row(run uuid) RETURNS dedup.runs

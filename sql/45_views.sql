@@ -16,7 +16,7 @@ COMMENT ON COLUMN dedup.duplicates.survivor IS 'URI of the row that holds its co
 
 CREATE VIEW dedup.progress AS
 SELECT r.run_id, r.name, r.status, r.started_at,
-    c.chunks, c.verified, c.syncing, c.failed, c.pending,
+    c.chunks, c.verified, c.syncing, c.unverified, c.failed, c.pending,
     round((100.0 * c.done_weight / nullif(c.weight, 0))::numeric, 1) AS percent,
     c.source_count, c.inserted_count, c.updated_count, c.unchanged_count, c.duplicate_count, c.quarantined_count, c.source_bytes,
     round((c.source_bytes / nullif(t.seconds, 0) / 1e6)::numeric, 1) AS mb_per_second,
@@ -27,6 +27,7 @@ FROM dedup.runs AS r
 CROSS JOIN LATERAL (
     SELECT count(*) AS chunks,
         count(*) FILTER (WHERE status = 'verified') AS verified, count(*) FILTER (WHERE status = 'syncing') AS syncing,
+        count(*) FILTER (WHERE status = 'syncing' AND written_at IS NOT NULL) AS unverified,
         count(*) FILTER (WHERE status = 'failed') AS failed, count(*) FILTER (WHERE status = 'pending') AS pending,
         coalesce(sum(coalesce(estimated_bytes, 1)), 0)::float8 AS weight,
         coalesce(sum(coalesce(estimated_bytes, 1)) FILTER (WHERE written_at IS NOT NULL), 0)::float8 AS done_weight,
@@ -46,6 +47,7 @@ COMMENT ON COLUMN dedup.progress.started_at IS 'when its first chunk was leased'
 COMMENT ON COLUMN dedup.progress.chunks IS 'chunks in the plan';
 COMMENT ON COLUMN dedup.progress.verified IS 'chunks written, read back and equal';
 COMMENT ON COLUMN dedup.progress.syncing IS 'chunks leased, or written and waiting for verification';
+COMMENT ON COLUMN dedup.progress.unverified IS 'those of them that are written and wait for verification';
 COMMENT ON COLUMN dedup.progress.failed IS 'chunks given up';
 COMMENT ON COLUMN dedup.progress.pending IS 'chunks to do';
 COMMENT ON COLUMN dedup.progress.percent IS 'part written, by planned bytes';

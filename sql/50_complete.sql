@@ -37,10 +37,10 @@ DECLARE
     others uuid[];
     waiting int;
 BEGIN
-    -- What has no key is read back now that everything is written.
+    -- What was not read back by its chunk is, now that everything is written.
     IF old IN ('created', 'running', 'failed') AND dedup.run_state(run) = 'finished' THEN
         FOR waiting IN SELECT DISTINCT c.table_id FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.status = 'syncing' ORDER BY 1 LOOP
-            PERFORM dedup.verify_keyless(run, waiting);
+            PERFORM dedup.verify_written(run, waiting);
         END LOOP;
     END IF;
     SELECT count(*) FILTER (WHERE c.status IN ('pending', 'syncing')), count(*) FILTER (WHERE c.status = 'failed')

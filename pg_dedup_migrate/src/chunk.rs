@@ -50,6 +50,8 @@ pub struct OpenChunk {
     pub leaving: Rc<Vec<([u8; 32], Vec<u8>)>>,
     /// Keys as they were sent, of rows that store them in other bytes, to the stored ones: 1.0 and 1.00 are one key.
     pub respelled: Rc<HashMap<Vec<u8>, Vec<u8>>>,
+    /// Is what it writes read back at the end of the run, not before it commits?
+    pub verified_later: bool,
     /// Do other sources of the run go into this target, too?
     pub shares_target: bool,
     /// What an earlier finish of this chunk wrote and is still there.
@@ -287,7 +289,9 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
         let found = client
             .update(
                 "SELECT c.status, c.lease, c.backend_pid, c.range_kind, c.range_lower, c.range_upper, \
-                        r.status AS run_status, r.pass, t.target_id, t.layout, t.range_comparable, g.target::pg_catalog.oid AS target, \
+                        r.status AS run_status, r.pass, \
+                        t.keyless OR coalesce(r.options OPERATOR(pg_catalog.->>) 'verify' OPERATOR(pg_catalog.=) 'end', false) AS verified_later, \
+                        t.target_id, t.layout, t.range_comparable, g.target::pg_catalog.oid AS target, \
                         g.signature OPERATOR(pg_catalog.=) dedup.signature_of(t.layout) AS fits_index, \
                         EXISTS (SELECT FROM dedup.run_tables AS o WHERE o.run_id = t.run_id AND o.target_id = t.target_id \
                                 AND o.table_id <> t.table_id) AS shares_target \
@@ -347,6 +351,7 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
             ordinal: None,
             leaving: Rc::default(),
             respelled: Rc::default(),
+            verified_later: required(found["verified_later"].value()?)?,
             shares_target: required(found["shares_target"].value()?)?,
             standing: Standing::default(),
             lists: Rc::default(),

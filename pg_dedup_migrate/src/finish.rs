@@ -133,7 +133,7 @@ pub fn finish(chunk: &mut OpenChunk, books: &Books, info: &JsonB) -> Result<i64>
 
     write_segment(chunk.target_id, ordinal as u64, &manifest, &tombstones)?;
     ledger::write(chunk.target_id, ordinal, &lists.ledger, books.counts[DUPLICATE])?;
-    if !chunk.keyless() {
+    if !chunk.verified_later {
         read_back(chunk, &written, &manifest)?;
     }
     close_books(chunk, books, ordinal, info)?;
@@ -391,7 +391,6 @@ impl OwnRows {
 fn close_books(chunk: &OpenChunk, books: &Books, ordinal: i64, info: &JsonB) -> Result<()> {
     let checksums: Vec<Vec<u8>> = books.checksums.iter().map(|c| c.to_bytes().to_vec()).collect();
     let info = serde_json::to_string(&info.0).map_err(|e| Error::invalid(format!("unreadable info: {e}")))?;
-    // A keyless table has no key to read rows back by: one scan of the whole table verifies its chunks in the end.
     let updated = Spi::connect_mut(|client| {
         client
             .update(
@@ -409,7 +408,7 @@ fn close_books(chunk: &OpenChunk, books: &Books, ordinal: i64, info: &JsonB) -> 
                     ordinal.into(),
                     books.counts.to_vec().into(),
                     checksums.into(),
-                    chunk.keyless().into(),
+                    chunk.verified_later.into(),
                     info.into(),
                 ],
             )

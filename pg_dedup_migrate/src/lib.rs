@@ -22,7 +22,6 @@ mod guc;
 mod hash;
 mod index;
 mod indexing;
-mod keyless;
 mod keyset;
 mod ledger;
 mod local;
@@ -37,6 +36,7 @@ mod relation;
 mod segment;
 mod shmem;
 mod upsert;
+mod verification;
 mod version;
 
 ::pgrx::pg_module_magic!(name, version);

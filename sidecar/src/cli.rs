@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::{Deserialize, Serialize};
 
 /// Migrates PostgreSQL tables into a PostgreSQL target, every distinct record exactly once, every chunk verified.
 #[derive(Debug, Parser)]
@@ -77,6 +78,17 @@ pub struct TableArgs {
     pub transforms: Vec<String>,
 }
 
+/// When what a run wrote is read back and compared.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verify {
+    /// Every chunk before it commits
+    #[default]
+    Chunk,
+    /// All chunks when everything is written, by one scan of each target; until then they are syncing
+    End,
+}
+
 /// Flags of `run`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
@@ -98,6 +110,9 @@ pub struct RunArgs {
     /// Records that may be refused in a chunk before the chunk is failed [default: 10000]
     #[arg(long, value_name = "N")]
     pub error_budget: Option<u64>,
+    /// When what was written is read back [default: chunk]
+    #[arg(long, value_name = "WHEN")]
+    pub verify: Option<Verify>,
     /// Seconds without a heartbeat after which a worker's chunk goes to another [default: 60]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(10..=86400))]
     pub lease_seconds: Option<u32>,

@@ -19,7 +19,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use crate::cli::{DoctorArgs, FileArgs, RunArgs, StatusArgs, TableArgs, WorkArgs};
+use crate::cli::{DoctorArgs, FileArgs, RunArgs, StatusArgs, TableArgs, Verify, WorkArgs};
 use crate::error::{Error, Result};
 use crate::names::{self, TableName};
 
@@ -66,6 +66,8 @@ pub struct Job {
     pub chunk_bytes: u64,
     /// Refused records a chunk; `None`: as the run has it.
     pub error_budget: Option<u64>,
+    /// When what was written is read back.
+    pub verify: Verify,
     /// Seconds a lease lasts without a heartbeat; `None`: the extension's default.
     pub lease_seconds: Option<u32>,
     /// Whether rows that stand in a target are hashed before the first chunk.
@@ -83,6 +85,7 @@ impl Job {
         file.workers = args.workers.or(file.workers);
         file.chunk_size = args.chunk_size.clone().map(Size::Text).or(file.chunk_size);
         file.error_budget = args.error_budget.or(file.error_budget);
+        file.verify = args.verify.or(file.verify);
         file.lease_seconds = args.lease_seconds.or(file.lease_seconds);
         file.name = args.name.clone().or(file.name);
         if args.no_index_existing {
@@ -198,6 +201,7 @@ struct FileConfig {
     workers: Option<u16>,
     chunk_size: Option<Size>,
     error_budget: Option<u64>,
+    verify: Option<Verify>,
     lease_seconds: Option<u32>,
     index_existing: Option<bool>,
     #[serde(default)]
@@ -276,6 +280,7 @@ impl FileConfig {
             workers,
             chunk_bytes,
             error_budget: self.error_budget,
+            verify: self.verify.unwrap_or_default(),
             lease_seconds: self.lease_seconds,
             index_existing: self.index_existing.unwrap_or(true),
             ..Job::default()

@@ -9,6 +9,7 @@ use serde_json::json;
 use uuid::Uuid;
 
 use crate::catalog::{self, Relation};
+use crate::cli::Verify;
 use crate::config::{DEFAULT_ERROR_BUDGET, Job, TableOptions};
 use crate::conn::{Endpoint, Role, Session, protocol_error};
 use crate::error::{At, Error, Kind, Result, Side};
@@ -81,6 +82,7 @@ async fn create_in_transaction(
 ) -> Result<Created> {
     let name = job.name.clone().unwrap_or_else(|| endpoint.database().to_owned());
     let mut options = json!({
+        "verify": job.verify,
         "sidecar_version": env!("CARGO_PKG_VERSION"),
         "settings": {
             "source": runs::source_identity(source).await?,
@@ -98,6 +100,9 @@ async fn create_in_transaction(
         .await
         .and_then(|row| row.try_get(0))
         .at(Side::Target, "create_run")?;
+    if job.verify == Verify::End {
+        tracing::info!("chunks are verified when everything is written, by one scan of each target");
+    }
     let mut added = Vec::new();
     for pair in pairs {
         let pair_added = add_table(source, target, run_id, pair).await?;

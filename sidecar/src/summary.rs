@@ -34,6 +34,8 @@ pub struct Summary {
     pub chunks: i64,
     /// Chunks verified.
     pub verified: i64,
+    /// Chunks written and not read back yet.
+    pub unverified: i64,
     /// Chunks given up.
     pub failed: i64,
     /// Records read.
@@ -63,7 +65,7 @@ impl Summary {
         let row = session
             .client
             .query_one(
-                "SELECT p.run_id, p.name, p.status, p.chunks, p.verified, p.failed, p.source_count, p.inserted_count, \
+                "SELECT p.run_id, p.name, p.status, p.chunks, p.verified, p.unverified, p.failed, p.source_count, p.inserted_count, \
                      p.updated_count, p.unchanged_count, p.duplicate_count, p.quarantined_count, p.source_bytes, \
                      extract(epoch FROM coalesce(r.finished_at, clock_timestamp()) - r.started_at)::float8 \
                  FROM dedup.progress AS p JOIN dedup.runs AS r USING (run_id) WHERE p.run_id = $1",
@@ -79,15 +81,16 @@ impl Summary {
             status: row.try_get(2).at(session.side, doing)?,
             chunks: number(3)?,
             verified: number(4)?,
-            failed: number(5)?,
-            source_count: number(6)?,
-            inserted_count: number(7)?,
-            updated_count: number(8)?,
-            unchanged_count: number(9)?,
-            duplicate_count: number(10)?,
-            quarantined_count: number(11)?,
-            source_bytes: number(12)?,
-            seconds: row.try_get(13).at(session.side, doing)?,
+            unverified: number(5)?,
+            failed: number(6)?,
+            source_count: number(7)?,
+            inserted_count: number(8)?,
+            updated_count: number(9)?,
+            unchanged_count: number(10)?,
+            duplicate_count: number(11)?,
+            quarantined_count: number(12)?,
+            source_bytes: number(13)?,
+            seconds: row.try_get(14).at(session.side, doing)?,
             failed_chunks,
         })
     }
@@ -118,6 +121,9 @@ impl Summary {
             text.push_str(&format!("  {label:<14}{count:>width$}\n"));
         }
         text.push_str(&format!("  chunks: {} verified of {}", self.verified, self.chunks));
+        if self.unverified > 0 {
+            text.push_str(&format!(", {} written and not verified yet", self.unverified));
+        }
         if self.failed > 0 {
             text.push_str(&format!(", {} failed", self.failed));
         }
@@ -207,6 +213,7 @@ mod tests {
             status: status.into(),
             chunks: 2,
             verified: 1,
+            unverified: 0,
             failed: 1,
             source_count: 10,
             inserted_count: 6,

@@ -16,3 +16,4 @@ mod shapes;
 mod sql_source;
 mod stop;
 mod types;
+mod verification;
