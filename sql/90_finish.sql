@@ -18,7 +18,6 @@ COMMENT ON FUNCTION dedup.version() IS 'version of the loaded library';
 COMMENT ON FUNCTION dedup.locate(regclass, bytea) IS 'URI of the row that holds this content now; null: the target does not hold it';
 COMMENT ON FUNCTION dedup.maybe_seen(regclass, bytea) IS 'the filter alone: false: certainly not in the target; true: perhaps; a cold filter says true';
 COMMENT ON FUNCTION dedup.provenance(regclass, bytea) IS 'run and chunk that wrote this content; nulls: it stood there before any run; no row: the target does not hold it';
-COMMENT ON FUNCTION dedup.hash_index(regclass) IS 'every content of a target with the run and chunk that wrote it and its row''s URI, in order of content hash';
 COMMENT ON FUNCTION dedup.filter_stats() IS 'state of filter and claims in shared memory: warm or cold, fill, predicted share of needless look-ups, claims held';
 COMMENT ON FUNCTION dedup.warm_filter() IS 'reads every segment of this database into the filter; returns the entries read, 0 when it was warm';
 COMMENT ON FUNCTION dedup.index_existing(regclass) IS 'hashes the rows that stand in a target and are not indexed yet; returns the entries added';
@@ -43,6 +42,9 @@ COMMENT ON FUNCTION dedup.run_chunk(uuid, text) IS 'the work of migrate_chunk';
 -- Parts of the above.
 COMMENT ON FUNCTION dedup.compact_step(int) IS 'merges one full level of a target''s segments; false: no level is full, or somebody else is at it';
 COMMENT ON FUNCTION dedup.key_text(int, bytea) IS 'a packed key as column=value, joined by &; null: an empty key';
+COMMENT ON FUNCTION dedup.indexed_target(regclass) IS 'the number of a target''s hash index, for who may read the target';
+COMMENT ON FUNCTION dedup.segment_entries(int, bytea) IS 'unpacks a block of a segment; dedup.hash_index is the way to read it';
+COMMENT ON FUNCTION dedup.disk_space() IS 'bytes free on the file systems of the data directory, pg_wal and every tablespace';
 COMMENT ON FUNCTION dedup.ledger_entries(int, bytea) IS 'unpacks a block of the ledger; dedup.duplicates is the way to read it';
 COMMENT ON FUNCTION dedup.target_layout(regclass, text[], text[], text[]) IS 'columns in COPY order with their canonical form and roles; refuses types that cannot be hashed';
 COMMENT ON FUNCTION dedup.mark_filter_cold() IS 'trigger: what comes into the segments past the extension is not in the filter';

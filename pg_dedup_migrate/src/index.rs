@@ -2,7 +2,6 @@
 use std::collections::HashMap;
 
 use pg_dedup_record::block::BlockView;
-use pg_dedup_record::digest::Digest;
 use pg_dedup_record::layout::Layout;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -83,15 +82,23 @@ impl Target {
 
     /// `postgres:///database/schema.table?key=value`
     fn location(&self, key: &[u8]) -> Result<String> {
+        self.location_from(&self.base(), key)
+    }
+
+    /// The part that all of the target's locations share.
+    fn base(&self) -> String {
         // SAFETY: look-ups by oid; strings are palloc'ed.
         let database = unsafe {
             std::ffi::CStr::from_ptr(pg_sys::get_database_name(pg_sys::MyDatabaseId))
                 .to_string_lossy()
                 .into_owned()
         };
-        let base = format!("postgres:///{database}/{}", qualified_name(self.table));
+        format!("postgres:///{database}/{}", qualified_name(self.table))
+    }
+
+    fn location_from(&self, base: &str, key: &[u8]) -> Result<String> {
         if self.layout.key.is_empty() {
-            Ok(base)
+            Ok(base.to_owned())
         } else {
             Ok(format!("{base}?{}", self.key_types.query_string(key)?))
         }
@@ -150,79 +157,65 @@ fn provenance(
 {
     let target = Target::of(target.oid())?;
     let places = target.places(&one_digest(content_hash)?)?;
-    let origins = Origins::load(target.id)?;
-    Ok(TableIterator::new(places.into_iter().map(move |p| origins.of(p.ordinal)).collect::<Vec<_>>()))
+    let origins = places.iter().map(|place| origin(place.ordinal)).collect::<Result<Vec<_>>>()?;
+    Ok(TableIterator::new(origins))
 }
 
-/// Which run and chunk an ordinal of one target stands for.
-struct Origins(HashMap<u64, (Option<Uuid>, Option<String>)>);
-
-impl Origins {
-    fn load(target_id: i32) -> Result<Self> {
-        Spi::connect(|client| {
-            client
-                .select(
-                    "SELECT ordinal, run_id, chunk_id FROM dedup.ordinals WHERE target_id = $1",
-                    None,
-                    &[target_id.into()],
-                )?
-                .map(|row| {
-                    let ordinal: i64 = required(row["ordinal"].value()?)?;
-                    Ok((ordinal as u64, (row["run_id"].value()?, row["chunk_id"].value()?)))
-                })
-                .collect::<Result<_>>()
-                .map(Self)
-        })
-    }
-
-    fn of(&self, ordinal: u64) -> (Option<Uuid>, Option<String>) {
-        self.0.get(&ordinal).cloned().unwrap_or((None, None))
-    }
+/// Which run and chunk an ordinal stands for.
+fn origin(ordinal: u64) -> Result<(Option<Uuid>, Option<String>)> {
+    Spi::connect(|client| {
+        let rows = client.select(
+            "SELECT run_id, chunk_id FROM dedup.ordinals WHERE ordinal = $1",
+            Some(1),
+            &[ordinal.cast_signed().into()],
+        )?;
+        match rows.into_iter().next() {
+            Some(row) => Ok((row["run_id"].value()?, row["chunk_id"].value()?)),
+            None => Ok((None, None)),
+        }
+    })
 }
 
-/// `dedup.hash_index`: every content of a target with its location, in order of content hash.
+/// `dedup.indexed_target`: the number of a target's hash index, for a caller who may read the table.
 ///
 /// # Errors
-/// As [`locate`].
+/// 42704 without a hash index, 42501 without SELECT on the target.
+#[pg_extern(stable, parallel_unsafe, strict)]
+fn indexed_target(target: PgRelation) -> Result<i32, ErrorReport> {
+    Ok(Target::of(target.oid())?.id)
+}
+
+/// `dedup.segment_entries`: unpacks a block of a segment.
+///
+/// # Errors
+/// XX001 for a damaged block, 42704 for an unknown target.
 #[pg_extern(stable, parallel_unsafe, strict)]
 #[allow(clippy::type_complexity)] // the macro reads the columns from the type
-fn hash_index(
-    target: PgRelation,
+fn segment_entries(
+    target_id: i32,
+    entries: &[u8],
 ) -> Result<
     TableIterator<
         'static,
         (
             name!(content_hash, Vec<u8>),
-            name!(run_id, Option<Uuid>),
-            name!(chunk_id, Option<String>),
+            name!(ordinal, i64),
+            name!(tombstone, bool),
             name!(target_location_uri, String),
         ),
     >,
     ErrorReport,
 > {
-    let target = Target::of(target.oid())?;
-    let origins = Origins::load(target.id)?;
-    let mut entries: Vec<(Digest, Place)> = Vec::new();
-    let snapshot = Snapshot::latest();
-    let blocks = Table::open("segment_block", Access::Read)?;
-    let mut reader = BlockReader::new(&blocks, &snapshot)?;
-    for segment in segment::segments_of(target.id, &snapshot)? {
-        segment::for_each_entry(&mut reader, segment.id, |e| {
-            let place = Place { ordinal: e.stamp.ordinal, tombstone: e.stamp.tombstone, key: e.key.to_vec() };
-            entries.push((e.digest, place));
-            Ok(())
-        })?;
-    }
-    entries.sort_by(|(a, x), (b, y)| (a, &x.key, x.ordinal).cmp(&(b, &y.key, y.ordinal)));
-    // Of each digest and key the last one counts.
-    let last =
-        |i: usize| entries.get(i + 1).is_none_or(|(d, p)| (d, &p.key) != (&entries[i].0, &entries[i].1.key));
-    let rows = (0..entries.len())
-        .filter(|&i| last(i) && !entries[i].1.tombstone)
+    let target = Target::by_id(target_id)?;
+    let view = BlockView::parse(entries)
+        .map_err(|e| Error::corrupted("a segment's block is damaged").detail(e.to_string()))?;
+    let base = target.base();
+    let rows = (0..view.len())
         .map(|i| {
-            let (digest, place) = &entries[i];
-            let (run, chunk) = origins.of(place.ordinal);
-            Ok((digest.as_bytes().to_vec(), run, chunk, target.location(&place.key)?))
+            let entry = view.entry(i);
+            let uri = target.location_from(&base, entry.key)?;
+            let ordinal = entry.stamp.ordinal.cast_signed();
+            Ok((entry.digest.as_bytes().to_vec(), ordinal, entry.stamp.tombstone, uri))
         })
         .collect::<Result<Vec<_>>>()?;
     Ok(TableIterator::new(rows))

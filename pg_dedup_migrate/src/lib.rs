@@ -16,6 +16,7 @@ mod claim;
 mod compaction;
 mod copy;
 mod directory;
+mod disk;
 mod error;
 mod finish;
 mod guc;

@@ -108,6 +108,8 @@ impl Endpoint {
             statements: Mutex::default(),
         };
         session.client.batch_execute(&settings(side, role)).await.at(side, "setting up the session")?;
+        // Lanes, and whoever waits for them, may have nothing to say for long.
+        session.set_if_known("idle_session_timeout", "0").await?;
         session.set_if_known("transaction_timeout", &format!("{}s", role.timeouts()[3])).await?;
         if role == Role::Writer {
             // COPY's line numbers are read from messages, which may be translated; only superusers may change that,

@@ -127,8 +127,11 @@ pub async fn doctor(job: &Job) -> Result<u8> {
     if let (Some((_, source)), Some((_, target))) = (&source, &target) {
         match setup::named_tables(job, source).await {
             Ok(names) => {
-                let rows = pairs::check(job, &names, source, target, usable, &mut findings).await?;
-                servers::check_sizes(target, job, rows, &mut findings).await?;
+                let amount = pairs::check(job, &names, source, target, usable, &mut findings).await?;
+                servers::check_sizes(target, job, amount, &mut findings).await?;
+                if usable {
+                    servers::check_disk(target, amount, &mut findings).await?;
+                }
             }
             Err(error) => findings.blocker("tables", &error),
         }

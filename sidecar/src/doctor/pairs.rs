@@ -11,7 +11,16 @@ use crate::error::{At, Error, Result, Side};
 use crate::names::TableName;
 use crate::setup::{self, Added, Pair};
 
-/// Checks every pair; answers how many records the sources have, by their statistics.
+/// How much the sources hold.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Amount {
+    /// Records, by the statistics.
+    pub records: f64,
+    /// Bytes of tables and their indexes.
+    pub bytes: f64,
+}
+
+/// Checks every pair; answers how much the sources hold.
 pub async fn check(
     job: &Job,
     names: &[(TableName, TableName)],
@@ -19,8 +28,8 @@ pub async fn check(
     target: &Session,
     extension: bool,
     findings: &mut Findings,
-) -> Result<f64> {
-    let mut records = 0.0;
+) -> Result<Amount> {
+    let mut amount = Amount::default();
     for (source_name, target_name) in names {
         let source_table = match Relation::get(source, source_name).await {
             Ok(table) => table,
@@ -30,7 +39,9 @@ pub async fn check(
             }
         };
         check_source_table(source, &source_table, findings).await?;
-        records += estimated_records(source, source_table.oid).await?;
+        let of_table = amount_of(source, source_table.oid).await?;
+        amount.records += of_table.records;
+        amount.bytes += of_table.bytes;
         let Some(target_table) = Relation::find(target, target_name).await? else {
             findings.blocker(source_name, &setup::missing_target(source_name, target_name));
             continue;
@@ -47,7 +58,7 @@ pub async fn check(
             findings.blocker(source_name, &error);
         }
     }
-    Ok(records)
+    Ok(amount)
 }
 
 /// Creates a run with this pair, and takes it back.
@@ -224,18 +235,23 @@ async fn check_target_table(target: &Session, table: &Relation, findings: &mut F
     Ok(())
 }
 
-/// Records by the statistics; unknown counts as none.
-async fn estimated_records(source: &Session, table: u32) -> Result<f64> {
-    source
+/// What a table and its partitions hold; records that statistics don't know count as none.
+async fn amount_of(source: &Session, table: u32) -> Result<Amount> {
+    let doing = "reading statistics";
+    let row = source
         .client
         .query_one(
             "WITH RECURSIVE tree AS (SELECT $1::oid AS oid UNION SELECT i.inhrelid FROM pg_catalog.pg_inherits AS i \
                  JOIN tree ON tree.oid = i.inhparent) \
-             SELECT coalesce(sum(greatest(c.reltuples, 0)) FILTER (WHERE c.relkind <> 'p'), 0)::float8 \
+             SELECT coalesce(sum(greatest(c.reltuples, 0)) FILTER (WHERE c.relkind <> 'p'), 0)::float8, \
+                 coalesce(sum(pg_catalog.pg_total_relation_size(c.oid)) FILTER (WHERE c.relkind IN ('r', 'm')), 0)::float8 \
              FROM tree JOIN pg_catalog.pg_class AS c USING (oid)",
             &[&table],
         )
         .await
-        .and_then(|row| row.try_get(0))
-        .at(Side::Source, "reading statistics")
+        .at(Side::Source, doing)?;
+    Ok(Amount {
+        records: row.try_get(0).at(Side::Source, doing)?,
+        bytes: row.try_get(1).at(Side::Source, doing)?,
+    })
 }

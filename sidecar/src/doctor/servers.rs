@@ -1,9 +1,10 @@
 //! What `doctor` looks at on the servers themselves.
 
+use super::pairs::Amount;
 use super::{Findings, Level};
 use crate::config::Job;
 use crate::conn::{Endpoint, Role, Session};
-use crate::error::{At, Result};
+use crate::error::{At, Error, Result, Side};
 use crate::plan::MAX_RECORDS;
 use crate::worker;
 
@@ -42,6 +43,7 @@ pub async fn check_source(
         );
     }
     check_pooler(endpoint, source, findings).await?;
+    check_timeouts(endpoint, findings).await?;
     // A reader a lane, a planner each while planning, and one that asks or keeps a snapshot.
     check_connections(source, i64::from(worker::lanes(job.workers)) + 2, findings).await
 }
@@ -63,16 +65,17 @@ pub async fn check_target(
     check_preload(target, findings).await?;
     check_pooler(endpoint, target, findings).await?;
     check_settings(target, findings).await?;
+    check_timeouts(endpoint, findings).await?;
     // A writer a lane, heartbeat, administration, and a vacuum each at the end when the writers are gone.
     check_connections(target, i64::from(worker::lanes(job.workers)) + 2, findings).await
 }
 
 /// Memory and disk for the size that is planned.
-pub async fn check_sizes(target: &Session, job: &Job, records: f64, findings: &mut Findings) -> Result<()> {
-    // 12 bits a key keep the filter's false answers below one in a hundred; 56 bytes a key is the index on disk; a claim
-    // takes 16 bytes at a load of at most 7/8.
+pub async fn check_sizes(target: &Session, job: &Job, amount: Amount, findings: &mut Findings) -> Result<()> {
+    // 12 bits a key keep the filter's false answers below one in a hundred; a claim takes 16 bytes at a load of at most 7/8.
+    let records = amount.records;
     let filter = records * 1.5 / 1e6;
-    let index = records * 56.0 / 1e6;
+    let index = records * INDEX_BYTES / 1e6;
     let claims = f64::from(job.workers) * (MAX_RECORDS as f64).min(records.max(1.0)) * 16.0 * 8.0 / 7.0 / 1e6;
     findings.add(
         Level::Note,
@@ -99,6 +102,94 @@ pub async fn check_sizes(target: &Session, job: &Job, records: f64, findings: &m
     findings.add(Level::Note, "target", format!("settings: {}", settings.join(", ")));
     Ok(())
 }
+
+/// Bytes that the hash index takes a key, at most.
+const INDEX_BYTES: f64 = 56.0;
+
+/// Whether the target has room for what the sources hold: everything new, nothing a duplicate.
+pub async fn check_disk(target: &Session, amount: Amount, findings: &mut Findings) -> Result<()> {
+    let doing = "asking for free disk space";
+    let rows = match target.client.query("SELECT place, free_bytes FROM dedup.disk_space()", &[]).await {
+        Ok(rows) => rows,
+        // Such as a role that may not call it.
+        Err(error) => {
+            findings.add(Level::Note, "target", format!("{}", Error::driver(target.side, doing, error)));
+            return Ok(());
+        }
+    };
+    let wal: i64 = target
+        .client
+        .query_one("SELECT pg_catalog.pg_size_bytes(pg_catalog.current_setting('max_wal_size'))", &[])
+        .await
+        .and_then(|row| row.try_get(0))
+        .at(target.side, doing)?;
+    for row in rows {
+        let place: String = row.try_get(0).at(target.side, doing)?;
+        let free: i64 = row.try_get(1).at(target.side, doing)?;
+        let needed = match place.as_str() {
+            "data directory" => amount.bytes + amount.records * INDEX_BYTES,
+            // It may pass max_wal_size for a while, and by far where an archiver or a slot keeps it.
+            "pg_wal" => 2.0 * wal as f64,
+            _ => 0.0,
+        };
+        room(&place, free as f64, needed, findings);
+    }
+    Ok(())
+}
+
+fn room(place: &str, free: f64, needed: f64, findings: &mut Findings) {
+    let message = |says: &str| format!("{place}: {:.1} GB free, {says} {:.1} GB", free / 1e9, needed / 1e9);
+    if free >= needed {
+        findings.add(Level::Ok, "target", message("at most needed:"));
+    } else {
+        findings.add(Level::Warning, "target", message("without duplicates the run takes up to")).hint(
+            "make room; a run that meets a full disk pauses, and goes on with --resume when there is room again",
+        );
+    }
+}
+
+/// What bounds a worker's session once it has said what it wants: a pooler or a login trigger may have other ideas.
+async fn check_timeouts(endpoint: &Endpoint, findings: &mut Findings) -> Result<()> {
+    let role = if endpoint.side == Side::Source { Role::Reader } else { Role::Writer };
+    let session = endpoint.connect(role).await?;
+    let doing = "looking at timeouts";
+    let rows = session
+        .client
+        .query(
+            "SELECT name, setting::int8 * CASE unit WHEN 'ms' THEN 1 ELSE 1000 END FROM pg_catalog.pg_settings \
+             WHERE name IN ('statement_timeout', 'lock_timeout', 'idle_in_transaction_session_timeout', 'idle_session_timeout', \
+                 'transaction_timeout') ORDER BY name",
+            &[],
+        )
+        .await
+        .at(session.side, doing)?;
+    let mut short = Vec::new();
+    let mut all = Vec::new();
+    for row in rows {
+        let name: String = row.try_get(0).at(session.side, doing)?;
+        let milliseconds: i64 = row.try_get(1).at(session.side, doing)?;
+        let shown = format!(
+            "{name} = {}",
+            if milliseconds == 0 { "0".into() } else { format!("{} s", milliseconds / 1000) }
+        );
+        if milliseconds > 0 && milliseconds < SHORT_TIMEOUT {
+            short.push(shown.clone());
+        }
+        all.push(shown);
+    }
+    session.close().await;
+    if short.is_empty() {
+        findings.add(Level::Ok, endpoint.side, format!("a worker's session: {}", all.join(", ")));
+    } else {
+        findings
+            .add(Level::Warning, endpoint.side, format!("a worker's session keeps {}", short.join(", ")))
+            .hint("something undoes what the session sets for itself: a pooler, or a trigger at login");
+    }
+    Ok(())
+}
+
+/// No timeout that a worker's session sets for itself is as short, in ms.
+const SHORT_TIMEOUT: i64 = 60_000;
 
 async fn flag(session: &Session, sql: &str) -> Result<bool> {
     session
@@ -214,11 +305,6 @@ async fn check_settings(target: &Session, findings: &mut Findings) -> Result<()>
             .add(Level::Warning, "target", "an inactive replication slot keeps all WAL that the run writes")
             .hint("drop it, or bound it with max_slot_wal_keep_size");
     }
-    findings.add(
-        Level::Ok,
-        "target",
-        "statement, lock, idle and transaction timeouts: every session sets its own",
-    );
     Ok(())
 }
 
@@ -238,5 +324,15 @@ mod tests {
     fn versions_are_shown_as_people_say_them() {
         assert_eq!(shown(150_004), "15.4");
         assert_eq!(shown(90_624), "90624");
+    }
+
+    #[test]
+    fn too_little_room_is_told() {
+        let mut findings = Findings::default();
+        room("data directory", 10e9, 9e9, &mut findings);
+        room("pg_wal", 1e9, 2e9, &mut findings);
+        let text = findings.text();
+        assert!(text.contains("ok       target: data directory: 10.0 GB free"), "{text}");
+        assert!(text.contains("warning  target: pg_wal: 1.0 GB free"), "{text}");
     }
 }

@@ -3,7 +3,9 @@
 mod bad_input;
 mod commands;
 mod crash;
+mod doctor;
 mod harness;
+mod index_functions;
 mod keys;
 mod lost_records;
 mod migrate;
