@@ -218,6 +218,14 @@ impl Cluster {
         owner_write(&self.dir.join("data/postgresql.conf"), &format!("{setting}\n"));
     }
 
+    /// Writes a file that only the server's user can read; returns its path.
+    pub fn write_secret(&self, name: &str, content: &str) -> PathBuf {
+        let path = self.dir.join(name);
+        owner_output(Command::new("install").args(["-m", "0600", "/dev/null"]).arg(&path));
+        owner_write(&path, content);
+        path
+    }
+
     fn pg_ctl(&self) -> Command {
         let mut command = Command::new(INSTALLATION.bindir.join("pg_ctl"));
         command.arg("-D").arg(self.dir.join("data"));
