@@ -102,11 +102,14 @@ async fn sslmode_means_what_it_says() {
         // libpq checks the authority as soon as one is named.
         ("127.0.0.1", format!("sslmode=require&{}", root(&other)), "invalid peer certificate"),
         ("127.0.0.1", format!("sslmode=verify-full&{}", root(&ours)), "not valid for name"),
-        ("localhost", "sslmode=verify-full&sslrootcert=/nowhere.crt".to_owned(), "/nowhere.crt"),
     ];
     for (host, parameters, says) in refused {
         run(&pair, host, &parameters).exits(exit::ERROR).await.says(says);
     }
+    run(&pair, "localhost", "sslmode=verify-full&sslrootcert=/nowhere.crt")
+        .exits(exit::USAGE)
+        .await
+        .says("/nowhere.crt");
     assert_eq!(pair.target.one::<i64>("SELECT count(*) FROM dedup.runs").await, runs);
 }
 
