@@ -217,3 +217,42 @@ async fn refusals_in_a_second_run() {
         .await;
     assert_eq!(images, ["delete1", "update180"]);
 }
+
+/// Every row but the last points at the next one, many of them into the next chunk: foreign keys are satisfied in the end.
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_may_point_into_later_chunks() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec(
+        "CREATE TABLE raw (id int PRIMARY KEY, next int); INSERT INTO raw SELECT n, n + 1 FROM generate_series(1, 200) AS n; \
+         UPDATE raw SET next = NULL WHERE id = 200; CREATE TABLE dst (id int PRIMARY KEY, next int REFERENCES dst)",
+    )
+    .await;
+    let run: String = db.one("SELECT dedup.create_run('chain')::text").await;
+    db.exec(&format!(
+        "SELECT dedup.add_table('{run}', 'public.raw', 'dst'), dedup.plan_chunks('{run}', 1200)"
+    ))
+    .await;
+    db.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+    let state = format!(
+        "SELECT status, chunks > 3, inserted_count, quarantined_count FROM dedup.progress WHERE run_id = '{run}'"
+    );
+    assert_eq!(db.texts(&state).await, [["done", "t", "200", "0"].map(|text| Some(text.to_owned()))]);
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM dst").await, 200);
+
+    // One that points nowhere is set aside, and whatever points at it.
+    db.exec("TRUNCATE dst; SELECT dedup.reindex_target('dst'); UPDATE raw SET next = 999 WHERE id = 150")
+        .await;
+    let run: String = db.one("SELECT dedup.create_run('broken chain')::text").await;
+    db.exec(&format!(
+        "SELECT dedup.add_table('{run}', 'public.raw', 'dst'), dedup.plan_chunks('{run}', 1200)"
+    ))
+    .await;
+    db.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+    let state = format!(
+        "SELECT status, inserted_count, quarantined_count FROM dedup.progress WHERE run_id = '{run}'"
+    );
+    assert_eq!(db.texts(&state).await, [["done", "50", "150"].map(|text| Some(text.to_owned()))]);
+    let other: i64 = db.one("SELECT count(*) FROM dedup.quarantine WHERE sqlstate <> '23503' OR substr(source_key, 4)::int > 150").await;
+    assert_eq!(other, 0);
+}
