@@ -23,12 +23,13 @@ use crate::shmem::{self, filter};
 /// are left alone.
 ///
 /// # Errors
-/// 42704 when the table is no target yet, 55000 when the library is not preloaded.
+/// 42704 when the table is no target yet, 55000 when the library is not preloaded, 42501 where row security hides rows.
 #[pg_extern(volatile, parallel_unsafe, strict)]
 fn index_existing(target: PgRelation) -> Result<i64, ErrorReport> {
     let target = Target::of(target.oid())?;
     shmem::attached()?;
     lock_exclusively(&target)?;
+    refuse_row_security(&target)?;
     // Entries of rows that are gone would make later records duplicates of nothing: only a reindex may say that the files are new.
     Spi::run_with_args("SELECT dedup.check_filenodes($1)", &[target.id.into()]).map_err(Error::from)?;
     Ok(index_rows(&target)?)
@@ -43,6 +44,7 @@ fn reindex_target(target: PgRelation) -> Result<i64, ErrorReport> {
     let target = Target::of(target.oid())?;
     shmem::attached()?;
     lock_exclusively(&target)?;
+    refuse_row_security(&target)?;
     refuse_open_runs(&target)?;
     drop_entries(target.id)?;
     Spi::run_with_args(
@@ -81,6 +83,20 @@ fn lock_exclusively(target: &Target) -> Result<()> {
         "SELECT pg_catalog.pg_advisory_xact_lock(dedup.lock_class(), $1)",
         &[target.id.into()],
     )?)
+}
+
+/// A row that is hidden from this role would be missing in the index, and its content be written once more.
+fn refuse_row_security(target: &Target) -> Result<()> {
+    if Spi::get_one_with_args::<bool>("SELECT pg_catalog.row_security_active($1)", &[target.table.into()])?
+        != Some(true)
+    {
+        return Ok(());
+    }
+    Err(Error::new(
+        PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
+        format!("row security is active on {}", qualified_name(target.table)),
+    )
+    .hint("use a role with BYPASSRLS or the owner: a hidden row cannot be indexed"))
 }
 
 /// A run that is open counts on its entries: without them it would write its own records again, or never miss what is gone.

@@ -209,10 +209,12 @@ fn refuse_to_cascade(
                      FROM ROWS FROM (pg_catalog.unnest(c.confkey), pg_catalog.unnest(c.conkey), pg_catalog.unnest(c.conpfeqop)) AS k(referenced, own, operator) \
                      JOIN pg_catalog.pg_attribute AS p ON p.attrelid = c.confrelid AND p.attnum = k.referenced \
                      JOIN pg_catalog.pg_attribute AS f ON f.attrelid = c.conrelid AND f.attnum = k.own \
-                     JOIN pg_catalog.pg_operator AS o ON o.oid = k.operator JOIN pg_catalog.pg_namespace AS os ON os.oid = o.oprnamespace) AS matches \
+                     JOIN pg_catalog.pg_operator AS o ON o.oid = k.operator JOIN pg_catalog.pg_namespace AS os ON os.oid = o.oprnamespace) \
+                    || CASE WHEN c.confrelid <> $1 THEN pg_catalog.format( \
+                        ' AND t.tableoid IN (SELECT p.relid FROM pg_catalog.pg_partition_tree(%s) AS p)', c.confrelid) ELSE '' END AS matches \
                  FROM pg_catalog.pg_constraint AS c JOIN pg_catalog.pg_class AS r ON r.oid = c.conrelid \
                  JOIN pg_catalog.pg_namespace AS n ON n.oid = r.relnamespace \
-                 WHERE c.contype = 'f' AND c.confrelid = $1 AND c.confdeltype IN ('c', 'n', 'd') AND c.conparentid = 0",
+                 WHERE c.contype = 'f' AND (c.confrelid = $1 OR c.confrelid IN (SELECT p.relid FROM pg_catalog.pg_partition_tree($1) AS p)) AND c.confdeltype IN ('c', 'n', 'd') AND c.conparentid = 0",
                 None,
                 &[chunk.target.into()],
             )?

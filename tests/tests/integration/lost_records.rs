@@ -315,3 +315,60 @@ async fn a_trigger_that_adds_rows() {
     assert_eq!(state, "23000", "{message}");
     assert_eq!(pair.target.one::<i64>("SELECT count(*) FROM s").await, 0);
 }
+
+/// A row that goes would take rows with it that point at its partition, not at the partitioned table.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_foreign_key_to_a_partition_does_not_cascade() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec(
+        "CREATE TABLE s (id int PRIMARY KEY, body text); INSERT INTO s SELECT n, 'body ' || n FROM generate_series(1, 199) AS n; \
+         CREATE TABLE t (id int PRIMARY KEY, body text) PARTITION BY RANGE (id); \
+         CREATE TABLE t1 PARTITION OF t FOR VALUES FROM (1) TO (100); CREATE TABLE t2 PARTITION OF t FOR VALUES FROM (100) TO (200); \
+         CREATE TABLE marks (note int REFERENCES t1 ON DELETE CASCADE)",
+    )
+    .await;
+    let migrate = async |name: &str| {
+        let run: String = db.one(&format!("SELECT dedup.create_run('{name}')::text")).await;
+        db.exec(&format!("SELECT dedup.add_table('{run}', 'public.s', 't', content_columns => '{{body}}'), dedup.plan_chunks('{run}')"))
+            .await;
+        db.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+        assert_eq!(status(db, &run).await, "done");
+    };
+    migrate("first").await;
+    // Both now carry a content that another row has; only one is pointed at.
+    db.exec("INSERT INTO marks VALUES (6); UPDATE s SET body = 'body 7' WHERE id IN (6, 106)").await;
+    migrate("second").await;
+    let left: Vec<String> = db.column("SELECT id FROM t WHERE id IN (6, 106)").await;
+    assert_eq!(left, ["6"]);
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM marks").await, 1);
+    let set_aside = db.column("SELECT source_key || ' ' || sqlstate FROM dedup.quarantine").await;
+    assert_eq!(set_aside, ["id=6 23503"]);
+}
+
+/// What row security hides would be missing in the index, and be written once more.
+#[tokio::test(flavor = "multi_thread")]
+async fn hidden_rows_are_not_indexed_by_halves() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec(
+        "CREATE TABLE s (id int PRIMARY KEY, body text); CREATE TABLE t (LIKE s INCLUDING ALL); INSERT INTO t VALUES (1, 'a'), (2, 'b')",
+    )
+    .await;
+    let run: String = db.one("SELECT dedup.create_run('r')::text").await;
+    db.exec(&format!("SELECT dedup.add_table('{run}', 'public.s', 't', content_columns => '{{body}}')"))
+        .await;
+    db.exec(
+        "CREATE ROLE half; GRANT USAGE ON SCHEMA dedup TO half; GRANT EXECUTE ON ALL ROUTINES IN SCHEMA dedup TO half; \
+         GRANT ALL ON ALL TABLES IN SCHEMA dedup TO half; GRANT USAGE ON ALL SEQUENCES IN SCHEMA dedup TO half; GRANT ALL ON t TO half; \
+         ALTER TABLE t ENABLE ROW LEVEL SECURITY; CREATE POLICY half ON t USING (id = 1); SET ROLE half",
+    )
+    .await;
+    for call in ["index_existing", "reindex_target"] {
+        let (state, message) = db.fails(&format!("SELECT dedup.{call}('t')")).await;
+        assert_eq!(state, "42501", "{message}");
+        assert!(message.contains("row security is active"), "{message}");
+    }
+    db.exec("RESET ROLE").await;
+    assert_eq!(db.one::<i64>("SELECT dedup.index_existing('t')").await, 2);
+}
