@@ -140,8 +140,13 @@ pub fn filter_is_warm() -> Result<bool> {
     Ok(warmth::is_warm(database, segment))
 }
 
+/// Lists larger than this are given back to the system when their chunk has ended.
+const SPARE_BYTES: usize = 32 << 20;
+
 thread_local! {
     // A backend has one thread.
+    /// The last chunk's lists, for their memory: faulting megabytes in anew costs more than filling them.
+    static SPARE: RefCell<Lists> = const { RefCell::new(Lists { manifest: Vec::new(), ledger: Vec::new() }) };
     static OPEN: RefCell<Option<OpenChunk>> = const { RefCell::new(None) };
     /// What `OPEN` was before each live subtransaction first touched it, outermost first.
     static BEFORE: RefCell<Vec<(pg_sys::SubTransactionId, Option<OpenChunk>)>> = const { RefCell::new(Vec::new()) };
@@ -205,8 +210,14 @@ fn refuse_prepare() {
 
 /// The transaction has ended.
 fn forget() {
-    OPEN.set(None);
     BEFORE.with_borrow_mut(Vec::clear);
+    if let Some(mut lists) = OPEN.take().and_then(|chunk| Rc::try_unwrap(chunk.lists).ok())
+        && lists.manifest.capacity() + lists.ledger.capacity() <= SPARE_BYTES
+    {
+        lists.manifest.clear();
+        lists.ledger.clear();
+        SPARE.set(lists);
+    }
 }
 
 /// A subtransaction was taken back, and with it what was done to the state under it.
@@ -354,7 +365,7 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
             verified_later: required(found["verified_later"].value()?)?,
             shares_target: required(found["shares_target"].value()?)?,
             standing: Standing::default(),
-            lists: Rc::default(),
+            lists: Rc::new(SPARE.take()),
             claimed: false,
             finished: false,
             changed_in: subtransaction(),

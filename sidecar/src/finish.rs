@@ -88,6 +88,14 @@ pub async fn vacuum_analyze(endpoint: &Endpoint, tables: &[TableName], at_once: 
 const IMPATIENT: &str = "SELECT pg_catalog.set_config('deadlock_timeout', '10ms', false) \
                          WHERE pg_catalog.has_parameter_privilege('deadlock_timeout', 'SET')";
 
+/// What of a target's VACUUM can be done while it is still being written to, unless an autovacuum worker is at it. Told at the end, should it not be possible.
+pub async fn vacuum_early(target: &Session, table: &TableName) {
+    let sql = format!("VACUUM (PROCESS_TOAST FALSE, SKIP_LOCKED) {}", table.quoted());
+    if let Err(error) = target.client.batch_execute(&sql).await {
+        tracing::debug!("{table} was not vacuumed early: {error}");
+    }
+}
+
 async fn vacuum(endpoint: &Endpoint, table: &TableName) -> Result<()> {
     let session = endpoint.connect(Role::Admin).await?;
     session.client.batch_execute(IMPATIENT).await.at(Side::Target, "setting deadlock_timeout")?;

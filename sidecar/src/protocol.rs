@@ -160,6 +160,12 @@ pub async fn pause_run(session: &Session, run: Uuid) -> Result<String> {
     call(session, "pause_run", "SELECT dedup.pause_run($1::uuid)", &[&run]).await
 }
 
+/// How many chunks of the run nobody has taken.
+pub async fn pending(session: &Session, run: Uuid) -> Result<i64> {
+    let sql = "SELECT count(*) FROM dedup.checkpoints WHERE run_id = $1 AND status = 'pending'";
+    call(session, "counting chunks", sql, &[&run]).await
+}
+
 /// How many chunks of the run are verified, and how many others than this are still to be done.
 pub async fn others(session: &Session, run: Uuid, chunk_id: &str) -> Result<(i64, i64)> {
     let doing = "counting chunks";

@@ -1,6 +1,7 @@
 //! `run` and `work`: from a job to its books.
 
 use std::collections::HashMap;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use tokio::sync::Notify;
@@ -205,6 +206,7 @@ async fn work_chunks(
         stop: stop.clone(),
         deferred: Mutex::default(),
         news: Notify::new(),
+        vacuumed: AtomicBool::new(false),
         told_waiting: Mutex::default(),
     };
     let _progress = Progress::show(counters, plan);

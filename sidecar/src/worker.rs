@@ -1,6 +1,7 @@
 //! The loop of a worker: lease a chunk, read it, write it, decide about errors, until nothing is left.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,9 @@ use crate::chunk::{self, ChunkContext};
 use crate::conn::{Endpoint, Role, Session};
 use crate::error::{Error, Kind, Policy, Result, Side};
 use crate::failpoint::{self, Failpoint};
+use crate::finish;
 use crate::heartbeat::{Heartbeat, Identities, RunStatus};
+use crate::names::TableName;
 use crate::progress::Counters;
 use crate::protocol::{self, Lease};
 use crate::read;
@@ -42,11 +45,18 @@ pub struct Crew {
     pub deferred: Mutex<HashMap<String, i64>>,
     /// A chunk ended: whoever is idle looks again whether there is something to take.
     pub news: Notify,
+    /// Somebody made a beginning of the VACUUM at the end.
+    pub vacuumed: AtomicBool,
     /// When it was last said that chunks wait for the leases of silent workers.
     pub told_waiting: Mutex<Option<Instant>>,
 }
 
 impl Crew {
+    /// The tables that are written to.
+    fn targets(&self) -> BTreeSet<TableName> {
+        self.tables.values().map(|table| table.target.clone()).collect()
+    }
+
     /// Says what everybody is waiting for, twice a minute at most.
     async fn tell_waiting(&self, target: &Session) {
         {
@@ -197,6 +207,7 @@ impl Worker {
                     crew.news.notify_waiters();
                 }
                 Turn::Idle => {
+                    self.vacuum_early().await;
                     let pause = idle.next().unwrap_or(LONGEST_PAUSE);
                     tokio::select! {
                         () = self.rest(pause) => {}
@@ -207,6 +218,29 @@ impl Worker {
             }
         }
         Ok(())
+    }
+
+    /// A lane that has nothing to do while others write the last chunks makes a beginning of the VACUUM that comes next: pages that are all
+    /// visible by then are not looked at again.
+    async fn vacuum_early(&self) {
+        let crew = &self.crew;
+        let Some(target) = &self.target else { return };
+        let all_taken = async { matches!(protocol::pending(target, crew.run).await, Ok(0)) };
+        if crew.vacuumed.load(Ordering::Relaxed)
+            || !all_taken.await
+            || crew.vacuumed.swap(true, Ordering::Relaxed)
+        {
+            return;
+        }
+        for table in crew.targets() {
+            tokio::select! {
+                () = finish::vacuum_early(target, &table) => {}
+                () = crew.stop.asked() => {
+                    target.cancel().await;
+                    return;
+                }
+            }
+        }
     }
 
     /// Sleeps, unless somebody interrupts.
@@ -255,6 +289,7 @@ impl Worker {
 
     /// Leases on the connection that will write the chunk.
     async fn lease(&mut self) -> Result<Option<Lease>> {
+        let mut pauses = pauses().take(LEASE_TRIES);
         loop {
             if self.target.as_ref().is_none_or(Session::is_closed) {
                 self.target = Some(self.crew.target.connect_patiently(Role::Writer).await?);
@@ -266,11 +301,12 @@ impl Worker {
             }
             match protocol::lease_chunk(target, self.crew.run, self.id).await {
                 Err(error) if error.policy() == Policy::Retry => {
+                    let Some(pause) = pauses.next() else { return Err(error) };
                     tracing::warn!("{error}; connecting anew");
                     self.target = None;
                     // The lease may have been granted and its answer lost.
                     self.renew_identity();
-                    tokio::time::sleep(SHORTEST_PAUSE).await;
+                    tokio::time::sleep(pause).await;
                 }
                 result => return result,
             }
@@ -443,6 +479,9 @@ fn tell(lease: &Lease, error: &Error, status: &str) {
         _ => tracing::warn!("chunk {chunk}, attempt {}: {error}; it will be tried again", lease.attempt),
     }
 }
+
+/// Leases asked for in vain, each on a new connection, before a worker gives up: half a minute or so.
+const LEASE_TRIES: usize = 30;
 
 const SHORTEST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
