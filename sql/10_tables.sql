@@ -125,6 +125,8 @@ CREATE TABLE dedup.checkpoints (
     unchanged_checksum   bytea,
     duplicate_checksum   bytea,
     quarantined_checksum bytea,
+    written_count        bigint,
+    written_checksum     bytea,
     source_bytes         bigint,
     source_lsn           pg_lsn,
     timings              jsonb,
@@ -179,6 +181,8 @@ COMMENT ON COLUMN dedup.checkpoints.updated_checksum IS 'the updated records'' p
 COMMENT ON COLUMN dedup.checkpoints.unchanged_checksum IS 'the unchanged records'' part of the checksum';
 COMMENT ON COLUMN dedup.checkpoints.duplicate_checksum IS 'the duplicates'' part of the checksum';
 COMMENT ON COLUMN dedup.checkpoints.quarantined_checksum IS 'the quarantined records'' part of the checksum';
+COMMENT ON COLUMN dedup.checkpoints.written_count IS 'rows that its last finish wrote: inserted and updated, without those that an earlier finish had written';
+COMMENT ON COLUMN dedup.checkpoints.written_checksum IS 'sum of their row digests';
 COMMENT ON COLUMN dedup.checkpoints.source_bytes IS 'bytes of the records read, as the COPY stream has them';
 COMMENT ON COLUMN dedup.checkpoints.source_lsn IS 'position of the source''s WAL when the chunk was read';
 COMMENT ON COLUMN dedup.checkpoints.timings IS 'seconds by phase, as the worker measured them';
@@ -360,7 +364,9 @@ BEGIN
     'dedup.events_event_id_seq', 'dedup.targets', 'dedup.runs', 'dedup.run_tables', 'dedup.workers', 'dedup.checkpoints', 'dedup.ordinals',
     'dedup.segment', 'dedup.segment_block', 'dedup.ledger_block', 'dedup.before_images', 'dedup.pass_keys', 'dedup.quarantine', 'dedup.events']::regclass[]
     LOOP
-        PERFORM pg_catalog.pg_extension_config_dump(name, '');
+        -- The hash index can be made anew after a restore: PGOPTIONS='-c pg_dedup_migrate.dump_index=off' leaves it out.
+        PERFORM pg_catalog.pg_extension_config_dump(name, CASE WHEN name IN ('dedup.segment'::regclass, 'dedup.segment_block'::regclass)
+            THEN $c$WHERE pg_catalog.current_setting('pg_dedup_migrate.dump_index', true) IS DISTINCT FROM 'off'$c$ ELSE '' END);
     END LOOP;
 END $$;
 

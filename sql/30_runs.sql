@@ -14,6 +14,10 @@ BEGIN
     IF coalesce(name, '') = '' THEN
         RAISE EXCEPTION 'a run needs a name' USING ERRCODE = 'invalid_parameter_value';
     END IF;
+    IF jsonb_typeof(coalesce(options, '{}')) <> 'object' THEN
+        RAISE EXCEPTION 'options of a run must be a JSON object' USING ERRCODE = 'invalid_parameter_value',
+            HINT = 'For example: {"lease_seconds": 60, "verify": "end"}.';
+    END IF;
     SELECT string_agg(key, ', ' ORDER BY key) INTO unknown
     FROM jsonb_object_keys(coalesce(options, '{}')) AS key
     WHERE key NOT IN ('lease_seconds', 'max_attempts', 'verify', 'sidecar_version', 'settings');
@@ -21,8 +25,10 @@ BEGIN
         RAISE EXCEPTION 'unknown run option: %', unknown USING ERRCODE = 'invalid_parameter_value',
             HINT = 'Known are lease_seconds, max_attempts, verify, sidecar_version and settings.';
     END IF;
-    IF coalesce((options ->> 'lease_seconds')::numeric, 60) <= 0 OR coalesce((options ->> 'max_attempts')::int, 5) <= 0 THEN
-        RAISE EXCEPTION 'lease_seconds and max_attempts must be positive' USING ERRCODE = 'invalid_parameter_value';
+    SELECT string_agg(key, ', ' ORDER BY key) INTO unknown FROM jsonb_each(coalesce(options, '{}'))
+    WHERE key IN ('lease_seconds', 'max_attempts') AND CASE jsonb_typeof(value) WHEN 'number' THEN value <= '0' ELSE true END;
+    IF unknown IS NOT NULL THEN
+        RAISE EXCEPTION 'must be a positive number: %', unknown USING ERRCODE = 'invalid_parameter_value';
     END IF;
     IF coalesce(options ->> 'verify', 'chunk') NOT IN ('chunk', 'end') THEN
         RAISE EXCEPTION 'cannot verify at %', quote_literal(options ->> 'verify') USING ERRCODE = 'invalid_parameter_value',
@@ -360,7 +366,10 @@ BEGIN
     IF gone IS NOT NULL THEN
         RAISE EXCEPTION 'the rows of % are not those the hash index describes', t.target USING ERRCODE = 'object_not_in_prerequisite_state',
             DETAIL = format('Truncated, rewritten, detached or restored since: %s.', gone),
-            HINT = format('SELECT dedup.reindex_target(%L) hashes the rows anew; SELECT dedup.forget_target(%L) drops the index.', t.target, t.target);
+            HINT = format('SELECT dedup.reindex_target(%1$L) hashes the rows anew; SELECT dedup.forget_target(%1$L) drops the index.%2$s', t.target,
+                (SELECT format(' Before that, give up run %1$s: SELECT dedup.cancel_run(%1$L).', min(r.run_id::text))
+                 FROM dedup.run_tables AS x JOIN dedup.runs AS r USING (run_id)
+                 WHERE x.target_id = target_number AND r.status IN ('running', 'paused', 'failed', 'halted') HAVING count(*) > 0));
     END IF;
     IF NOT t.filenodes @> now_nodes THEN
         -- What another transaction has added meanwhile stays: its file is the one that its chunk has seen.
@@ -480,10 +489,22 @@ END $$;
 COMMENT ON FUNCTION dedup.resume_run(uuid) IS 'goes on with a paused or failed run; failed chunks are tried again';
 
 CREATE FUNCTION dedup.cancel_run(run uuid) RETURNS text LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    late int;
 BEGIN
     PERFORM dedup.set_run_status(run, '{created,running,paused,failed}', 'cancelled', 'run_cancelled');
+    -- What was written stays and is believed: so it is verified now. Chunks in flight are waited for.
+    FOR late IN SELECT t.table_id FROM dedup.run_tables AS t JOIN dedup.runs AS r USING (run_id)
+                WHERE t.run_id = run AND (t.keyless OR r.options ->> 'verify' = 'end') LOOP
+        BEGIN
+            PERFORM dedup.verify_written(run, late, true);
+        EXCEPTION WHEN object_not_in_prerequisite_state THEN
+            -- The target's rows were replaced: nothing of its index is believed before it is made anew.
+            PERFORM dedup.log_event(run, NULL, 'not_verified', jsonb_build_object('table_id', late, 'message', SQLERRM));
+        END;
+    END LOOP;
     PERFORM dedup.reopen_orphans(run);
     DELETE FROM dedup.pass_keys AS k WHERE k.run_id = run;
     RETURN 'cancelled';
 END $$;
-COMMENT ON FUNCTION dedup.cancel_run(uuid) IS 'gives a run up; what it has written stays, and runs whose dropped duplicates lost their survivor to it are reopened';
+COMMENT ON FUNCTION dedup.cancel_run(uuid) IS 'gives a run up; what it has written is verified and stays, and runs whose dropped duplicates lost their survivor to it are reopened';

@@ -194,12 +194,16 @@ DECLARE
     refused bigint;
     chunks text[];
 BEGIN
+    IF (dedup.lock_run(run)).status <> 'running' THEN
+        RETURN before;
+    END IF;
     SELECT count(*), array_agg(DISTINCT q.chunk_id) INTO refused, chunks
     FROM dedup.quarantine AS q JOIN dedup.run_tables AS t USING (run_id, table_id)
     WHERE q.run_id = run AND q.sqlstate = '23503' AND t.source_spec ? 'local';
     IF refused > 0 AND (before IS NULL OR refused < before) THEN
         UPDATE dedup.checkpoints AS c SET status = 'pending', not_before = NULL, written_at = NULL
-        WHERE c.run_id = run AND c.chunk_id = ANY (chunks) AND c.status = 'verified';
+        WHERE c.run_id = run AND c.chunk_id = ANY (chunks)
+            AND (c.status = 'verified' OR c.status = 'syncing' AND c.written_at IS NOT NULL);
         PERFORM dedup.log_event(run, NULL, 'foreign_keys_retried', jsonb_build_object('records', refused, 'chunks', cardinality(chunks)));
     END IF;
     RETURN refused;
@@ -218,6 +222,7 @@ DECLARE
     state text;
     hint text;
     unreferenced bigint;
+    late int;
 BEGIN
     PERFORM dedup.must_own(run);
     -- On its own, so that sessions that share the run do not wait for this one's first chunk.
@@ -266,9 +271,17 @@ BEGIN
         END LOOP;
         unreferenced := dedup.retry_foreign_keys(run, unreferenced);
         COMMIT;
-        -- The orphan pass may have opened chunks again, workers may have given some back. What others hold, they end.
-        EXIT WHEN dedup.complete_run(run) OPERATOR(pg_catalog.<>) 'running'
-            OR NOT EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id OPERATOR(pg_catalog.=) run AND c.status OPERATOR(pg_catalog.=) 'pending');
+        IF dedup.run_state(run) OPERATOR(pg_catalog.=) 'finished' THEN
+            FOR late IN SELECT u FROM dedup.unverified_tables(run) AS u LOOP
+                PERFORM dedup.verify_written(run, late, true);
+                COMMIT;
+            END LOOP;
+        END IF;
+        -- The orphan pass may have opened chunks again, workers may have given some back. What others hold, they end. Two statements: what
+        -- the first has opened, only the next one sees.
+        state := dedup.complete_run(run);
+        EXIT WHEN state OPERATOR(pg_catalog.<>) 'running';
+        EXIT WHEN NOT EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id OPERATOR(pg_catalog.=) run AND c.status OPERATOR(pg_catalog.=) 'pending');
         COMMIT;
     END LOOP;
     COMMIT;

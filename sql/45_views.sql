@@ -74,17 +74,21 @@ COMMENT ON FUNCTION dedup.index_stats() IS 'size of each target''s hash index by
 
 -- Blocks are unpacked one by one and sorted by the executor, on disk where they don't fit work_mem. Of each content and key the last word counts.
 CREATE FUNCTION dedup.hash_index(target regclass, OUT content_hash bytea, OUT run_id uuid, OUT chunk_id text, OUT target_location_uri text)
-RETURNS SETOF record LANGUAGE sql STABLE STRICT SET search_path = pg_catalog, pg_temp AS $$
-    SELECT last.content_hash, o.run_id, o.chunk_id, last.target_location_uri
+RETURNS SETOF record LANGUAGE plpgsql STABLE STRICT SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    -- Refuses on its own, whatever a plan would look at first.
+    number int := dedup.indexed_target(target);
+BEGIN
+    RETURN QUERY SELECT last.content_hash, o.run_id, o.chunk_id, last.target_location_uri
     FROM (
         SELECT DISTINCT ON (e.content_hash, e.target_location_uri) e.*
-        FROM (SELECT dedup.indexed_target(target) AS target_id) AS t
-        JOIN dedup.segment AS s USING (target_id) JOIN dedup.segment_block AS b USING (segment_id)
-        CROSS JOIN LATERAL dedup.segment_entries(t.target_id, b.entries) AS e
+        FROM dedup.segment AS s JOIN dedup.segment_block AS b USING (segment_id)
+        CROSS JOIN LATERAL dedup.segment_entries(number, b.entries) AS e
+        WHERE s.target_id = number
         ORDER BY e.content_hash, e.target_location_uri, e.ordinal DESC, e.tombstone
     ) AS last
     LEFT JOIN dedup.ordinals AS o USING (ordinal)
     WHERE NOT last.tombstone
-    ORDER BY last.content_hash, last.target_location_uri
-$$;
+    ORDER BY last.content_hash, last.target_location_uri;
+END $$;
 COMMENT ON FUNCTION dedup.hash_index(regclass) IS 'every content of a target with the run and chunk that wrote it and its row''s URI, in order of content hash';

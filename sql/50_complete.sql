@@ -12,9 +12,11 @@ COMMENT ON FUNCTION dedup.needs_index(uuid, int) IS 'were the rows that stand in
 CREATE FUNCTION dedup.reopen_orphans(run uuid, OUT own_chunks bigint, OUT other_runs uuid[]) RETURNS record
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    -- Own ones first: what they write may be what the others miss.
     WITH lost AS MATERIALIZED (SELECT o.run_id, o.chunk_id FROM dedup.orphans(run) AS o),
+    next AS (SELECT * FROM lost WHERE lost.run_id = run OR NOT EXISTS (SELECT FROM lost AS own WHERE own.run_id = run)),
     opened AS (UPDATE dedup.checkpoints AS c SET status = 'pending', attempts = 0, not_before = NULL, written_at = NULL
-               FROM lost WHERE c.run_id = lost.run_id AND c.chunk_id = lost.chunk_id AND c.status = 'verified' RETURNING c.run_id)
+               FROM next WHERE c.run_id = next.run_id AND c.chunk_id = next.chunk_id AND c.status = 'verified' RETURNING c.run_id)
     SELECT count(*) FILTER (WHERE opened.run_id = run), array_agg(DISTINCT opened.run_id) FILTER (WHERE opened.run_id <> run)
     INTO own_chunks, other_runs FROM opened;
     IF other_runs IS NOT NULL THEN
@@ -25,6 +27,36 @@ BEGIN
     END IF;
 END $$;
 COMMENT ON FUNCTION dedup.reopen_orphans(uuid) IS 'sets chunks whose dropped duplicates have no survivor left back to pending, and reopens other runs that have such';
+
+-- Tables of a run with chunks that were written and not read back.
+CREATE FUNCTION dedup.unverified_tables(run uuid) RETURNS SETOF int
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT DISTINCT c.table_id FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.status = 'syncing' AND c.written_at IS NOT NULL ORDER BY 1
+$$;
+COMMENT ON FUNCTION dedup.unverified_tables(uuid) IS 'tables of a run with chunks that were written and wait for verification';
+
+-- A chunk whose rows are not there: it has no books until it is done again.
+CREATE FUNCTION dedup.forget_books(run uuid, chunks text[]) RETURNS void
+LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+    UPDATE dedup.checkpoints AS c
+    SET written_at = NULL, verified_at = NULL, ordinal = NULL, source_count = NULL, inserted_count = NULL, updated_count = NULL,
+        unchanged_count = NULL, duplicate_count = NULL, quarantined_count = NULL, checksum = NULL, inserted_checksum = NULL, updated_checksum = NULL,
+        unchanged_checksum = NULL, duplicate_checksum = NULL, quarantined_checksum = NULL, written_count = NULL, written_checksum = NULL,
+        source_bytes = NULL, source_lsn = NULL, timings = NULL
+    WHERE c.run_id = run AND c.chunk_id = ANY (chunks)
+$$;
+COMMENT ON FUNCTION dedup.forget_books(uuid, text[]) IS 'clears the books of chunks that are to be done again from the start';
+
+CREATE FUNCTION dedup.fail_written(run uuid, chunk text, message text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    UPDATE dedup.checkpoints AS c SET status = 'failed', error_sqlstate = '23000', error_message = message,
+        error_hint = 'Look for a trigger, rule, policy or application that changes or drops rows of the target, then resume the run.'
+    WHERE c.run_id = run AND c.chunk_id = chunk;
+    PERFORM dedup.forget_books(run, ARRAY[chunk]);
+    PERFORM dedup.log_event(run, chunk, 'chunk_failed', jsonb_build_object('sqlstate', '23000', 'message', message));
+END $$;
+COMMENT ON FUNCTION dedup.fail_written(uuid, text, text) IS 'fails a chunk whose rows were looked for in the end and are not all there';
 
 -- No run is done before every loser whose survivor is gone was written: its chunk is done again, which writes what is left over.
 CREATE FUNCTION dedup.complete_run(run uuid) RETURNS text
@@ -39,7 +71,7 @@ DECLARE
 BEGIN
     -- What was not read back by its chunk is, now that everything is written.
     IF old IN ('created', 'running', 'failed') AND dedup.run_state(run) = 'finished' THEN
-        FOR waiting IN SELECT DISTINCT c.table_id FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.status = 'syncing' ORDER BY 1 LOOP
+        FOR waiting IN SELECT u FROM dedup.unverified_tables(run) AS u LOOP
             PERFORM dedup.verify_written(run, waiting);
         END LOOP;
     END IF;
@@ -75,14 +107,12 @@ BEGIN
     IF (dedup.run_row(run)).status NOT IN ('created', 'running', 'paused', 'failed') THEN
         RAISE EXCEPTION 'run % is %', run, (dedup.run_row(run)).status USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
-    UPDATE dedup.checkpoints AS c
-    SET status = 'pending', attempts = 0, not_before = NULL, lease = NULL, written_at = NULL, verified_at = NULL, ordinal = NULL,
-        source_count = NULL, inserted_count = NULL, updated_count = NULL, unchanged_count = NULL, duplicate_count = NULL, quarantined_count = NULL,
-        checksum = NULL, inserted_checksum = NULL, updated_checksum = NULL, unchanged_checksum = NULL, duplicate_checksum = NULL,
-        quarantined_checksum = NULL, source_bytes = NULL, source_lsn = NULL, timings = NULL
+    UPDATE dedup.checkpoints AS c SET status = 'pending', attempts = 0, not_before = NULL, lease = NULL
     FROM dedup.run_tables AS t
     WHERE c.run_id = run AND c.table_id = restart_table.table_id AND t.run_id = run AND t.table_id = restart_table.table_id AND t.keyless;
     GET DIAGNOSTICS n = ROW_COUNT;
+    PERFORM dedup.forget_books(run, array_agg(c.chunk_id)) FROM dedup.checkpoints AS c
+    WHERE c.run_id = run AND c.table_id = restart_table.table_id AND c.status = 'pending';
     PERFORM dedup.log_event(run, NULL, 'table_restarted', jsonb_build_object('table_id', table_id, 'chunks', n));
     RETURN n;
 END $$;

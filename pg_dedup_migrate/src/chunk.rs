@@ -328,9 +328,7 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
                 .hint("call lease_chunk and begin_chunk on the connection that writes the chunk"));
         }
         let run_status: String = required(found["run_status"].value()?)?;
-        if !matches!(run_status.as_str(), "running" | "paused") {
-            return Err(Error::state(format!("run {run} is {run_status}")));
-        }
+        refuse_unless_open(run, &run_status)?;
         let target: pg_sys::Oid = required(found["target"].value()?)?;
         if !required::<bool>(found["fits_index"].value()?)? {
             return Err(Error::state(format!(
@@ -373,9 +371,20 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
     })?;
     forget_earlier_finish(&chunk)?;
     lock_index(chunk.target_id, &chunk)?;
+    // Whoever ends a run and then waits for the index sees everything that was written for it: nothing is begun after that.
+    let status =
+        Spi::get_one_with_args::<String>("SELECT status FROM dedup.runs WHERE run_id = $1", &[run.into()])?;
+    refuse_unless_open(run, &required(status)?)?;
     let occupied = is_occupied(&chunk)?;
     open(chunk);
     Ok(occupied)
+}
+
+fn refuse_unless_open(run: Uuid, status: &str) -> Result<()> {
+    if matches!(status, "running" | "paused") {
+        return Ok(());
+    }
+    Err(Error::state(format!("run {run} is {status}")).hint("chunks are done while their run is open"))
 }
 
 /// A chunk that is done again lists its duplicates and its quarantine anew.

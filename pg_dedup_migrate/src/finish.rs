@@ -14,7 +14,7 @@ use pgrx::{JsonB, Uuid, pg_sys};
 use crate::chunk::{self, OpenChunk, required};
 use crate::error::{Error, Result};
 use crate::hash::rows;
-use crate::keyset::column_list;
+use crate::keyset::{column_list, hash_of};
 use crate::ledger;
 use crate::matching::Standing;
 use crate::planning::ByIndex;
@@ -127,7 +127,7 @@ pub fn finish(chunk: &mut OpenChunk, books: &Books, info: &JsonB) -> Result<i64>
     let tombstones = retractions(ordinal)?;
     let written = books.written(&chunk.standing);
     let lists = chunk.lists.clone();
-    let manifest = read_manifest(&lists.manifest, written.0)?;
+    let manifest = read_manifest(&lists.manifest, &written)?;
     claims::verify_ours(chunk.scope(), manifest.iter().map(|e| e.digest.as_bytes()))?;
     check_refused_replacements(chunk, &manifest, &tombstones)?;
 
@@ -136,7 +136,7 @@ pub fn finish(chunk: &mut OpenChunk, books: &Books, info: &JsonB) -> Result<i64>
     if !chunk.verified_later {
         read_back(chunk, &written, &manifest)?;
     }
-    close_books(chunk, books, ordinal, info)?;
+    close_books(chunk, books, &written, ordinal, info)?;
     chunk.finished = true;
     Ok(ordinal)
 }
@@ -184,13 +184,13 @@ fn retractions(ordinal: i64) -> Result<Vec<(Digest, Vec<u8>)>> {
     })
 }
 
-fn read_manifest(bytes: &[u8], written: i64) -> Result<Vec<wire::ManifestEntry<'_>>> {
+fn read_manifest<'a>(bytes: &'a [u8], written: &(i64, Checksum)) -> Result<Vec<wire::ManifestEntry<'a>>> {
     let entries: Vec<_> = wire::manifest(bytes)
         .collect::<std::result::Result<_, _>>()
         .map_err(|e| Error::invalid(format!("malformed manifest: {e}")))?;
-    if entries.len() as i64 != written {
+    if entries.len() as i64 != written.0 || (entries.is_empty() && written.1 != Checksum::default()) {
         return Err(Error::invalid("the manifest does not list what the books say was written")
-            .detail(format!("{} entries, {written} rows written.", entries.len())));
+            .detail(format!("{} entries, {} rows written.", entries.len(), written.0)));
     }
     Ok(entries)
 }
@@ -266,24 +266,42 @@ fn read_back(
     if chunk.range.is_none() {
         return read_back_by_key(chunk, written, manifest);
     }
-    if read_back_by_range(chunk, None)? == *written {
+    let mut expected = Rows { count: written.0, sum: written.1, keyed: 0 };
+    manifest.iter().for_each(|e| expected.add_keyed(e.key, e.row_digest));
+    if read_back_by_range(chunk, None)? == expected {
         return Ok(());
     }
     // Chunks that this transaction did before may have written into the range.
     let since = read_back_by_range(chunk, Some(chunk.begun))?;
-    if since == *written {
+    if since == expected {
         return Ok(());
     }
     read_back_by_key(chunk, written, manifest)?;
-    let more = since.0 - written.0;
+    let more = since.count - written.0;
     if more > 0 {
         return Err(unlike(chunk, format!("It holds {more} rows more than were sent.")));
     }
     Ok(())
 }
 
-/// Count and checksum of the rows in the chunk's range that this transaction wrote, or wrote since a command of it.
-fn read_back_by_range(chunk: &OpenChunk, since: Option<pg_sys::CommandId>) -> Result<(i64, Checksum)> {
+/// What a set of rows adds up to, in whatever order.
+#[derive(Default, PartialEq)]
+struct Rows {
+    count: i64,
+    /// Of the row digests.
+    sum: Checksum,
+    /// Of hashes over each key and the beginning of its row digest: every entry of a manifest names the row it was made for.
+    keyed: u64,
+}
+
+impl Rows {
+    fn add_keyed(&mut self, key: &[u8], row_digest: [u8; Digest::SHORT_LEN]) {
+        self.keyed = self.keyed.wrapping_add(hash_of(&[&row_digest, key]));
+    }
+}
+
+/// The rows in the chunk's range that this transaction wrote, or wrote since a command of it.
+fn read_back_by_range(chunk: &OpenChunk, since: Option<pg_sys::CommandId>) -> Result<Rows> {
     let (condition, arguments) = chunk.key_types.range_condition(&chunk.layout, chunk.range.as_ref());
     let (system, trailing) = if since.is_some() { ("t.xmin, t.cmin", 2) } else { ("t.xmin", 1) };
     let query = format!(
@@ -292,7 +310,8 @@ fn read_back_by_range(chunk: &OpenChunk, since: Option<pg_sys::CommandId>) -> Re
         chunk.target_name()
     );
     let arguments: Vec<_> = arguments.into_iter().map(Into::into).collect();
-    let (mut count, mut sum) = (0i64, Checksum::default());
+    let mut found = Rows::default();
+    let mut key = Vec::new();
     let mut own = OwnRows::default();
     rows::scan(&query, &arguments, &chunk.layout, trailing, |row| {
         let earlier = match since {
@@ -300,12 +319,16 @@ fn read_back_by_range(chunk: &OpenChunk, since: Option<pg_sys::CommandId>) -> Re
             None => false,
         };
         if own.contains(&row)? && !earlier {
-            count += 1;
-            sum.add(&row.row_digest()?);
+            let digest = row.row_digest()?;
+            key.clear();
+            row.write_key(&mut key)?;
+            found.count += 1;
+            found.sum.add(&digest);
+            found.add_keyed(&key, digest.short());
         }
         Ok(())
     })?;
-    Ok((count, sum))
+    Ok(found)
 }
 
 /// What the target holds is not what was sent.
@@ -388,7 +411,13 @@ impl OwnRows {
     }
 }
 
-fn close_books(chunk: &OpenChunk, books: &Books, ordinal: i64, info: &JsonB) -> Result<()> {
+fn close_books(
+    chunk: &OpenChunk,
+    books: &Books,
+    written: &(i64, Checksum),
+    ordinal: i64,
+    info: &JsonB,
+) -> Result<()> {
     let checksums: Vec<Vec<u8>> = books.checksums.iter().map(|c| c.to_bytes().to_vec()).collect();
     let info = serde_json::to_string(&info.0).map_err(|e| Error::invalid(format!("unreadable info: {e}")))?;
     let updated = Spi::connect_mut(|client| {
@@ -399,6 +428,7 @@ fn close_books(chunk: &OpenChunk, books: &Books, ordinal: i64, info: &JsonB) -> 
                     source_count = $4[1], inserted_count = $4[2], updated_count = $4[3], unchanged_count = $4[4], duplicate_count = $4[5], \
                     quarantined_count = $4[6], checksum = $5[1], inserted_checksum = $5[2], updated_checksum = $5[3], \
                     unchanged_checksum = $5[4], duplicate_checksum = $5[5], quarantined_checksum = $5[6], \
+                    written_count = $8, written_checksum = $9, \
                     source_bytes = (i ->> 'source_bytes')::pg_catalog.int8, source_lsn = (i ->> 'source_lsn')::pg_catalog.pg_lsn, timings = i OPERATOR(pg_catalog.-) 'source_bytes' OPERATOR(pg_catalog.-) 'source_lsn' \
                  FROM (SELECT $7::pg_catalog.jsonb) AS info(i) WHERE c.run_id = $1 AND c.chunk_id = $2",
                 None,
@@ -410,6 +440,8 @@ fn close_books(chunk: &OpenChunk, books: &Books, ordinal: i64, info: &JsonB) -> 
                     checksums.into(),
                     chunk.verified_later.into(),
                     info.into(),
+                    written.0.into(),
+                    written.1.to_bytes().to_vec().into(),
                 ],
             )
             .map(|rows| rows.len())

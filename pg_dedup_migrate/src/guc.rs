@@ -9,6 +9,8 @@ const MAX_FILTER_SIZE: i32 = 1 << 20;
 const MAX_CLAIMS_SIZE: i32 = 1 << 16;
 
 static FILTER_SIZE: GucSetting<i32> = GucSetting::<i32>::new(64);
+/// Read by pg_dump's conditions alone, as SQL.
+static DUMP_INDEX: GucSetting<bool> = GucSetting::<bool>::new(true);
 static CLAIMS_SIZE: GucSetting<i32> = GucSetting::<i32>::new(64);
 
 /// Defines every setting; called once by `_PG_init`.
@@ -38,6 +40,14 @@ pub fn define() {
         MAX_CLAIMS_SIZE,
         GucContext::Postmaster,
         GucFlags::UNIT_MB,
+    );
+    GucRegistry::define_bool_guc(
+        c"pg_dedup_migrate.dump_index",
+        c"Includes the hash index in what pg_dump writes.",
+        c"Left out, it is made anew after a restore by dedup.reindex_target.",
+        &DUMP_INDEX,
+        GucContext::Userset,
+        GucFlags::default(),
     );
     // SAFETY: a constant string; the server is loading preloaded libraries.
     unsafe { pg_sys::MarkGUCPrefixReserved(c"pg_dedup_migrate".as_ptr()) };

@@ -55,14 +55,7 @@ impl Target {
     /// # Errors
     /// 42704 when it has none, 42501 without SELECT on it.
     pub fn of(table: pg_sys::Oid) -> Result<Self> {
-        // SAFETY: catalog look-ups inside a transaction.
-        let granted = unsafe { pg_sys::pg_class_aclcheck(table, pg_sys::GetUserId(), pg_sys::ACL_SELECT) };
-        if granted != pg_sys::AclResult::ACLCHECK_OK {
-            return Err(Error::new(
-                PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
-                format!("permission denied for table {}", qualified_name(table)),
-            ));
-        }
+        may_read(table)?;
         Self::load("target OPERATOR(pg_catalog.=) $1::pg_catalog.oid", table.into(), || {
             Error::undefined(format!("{} has no hash index", qualified_name(table))).hint(
                 "dedup.add_table gives a table one; SELECT target FROM dedup.targets lists those that have",
@@ -111,6 +104,19 @@ impl Target {
         places.sort_by_key(|p| std::cmp::Reverse(p.ordinal));
         Ok(places)
     }
+}
+
+/// Nobody learns a table's keys from its index who may not read the table.
+fn may_read(table: pg_sys::Oid) -> Result<()> {
+    // SAFETY: catalog look-ups inside a transaction.
+    let granted = unsafe { pg_sys::pg_class_aclcheck(table, pg_sys::GetUserId(), pg_sys::ACL_SELECT) };
+    if granted == pg_sys::AclResult::ACLCHECK_OK {
+        return Ok(());
+    }
+    Err(Error::new(
+        PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
+        format!("permission denied for table {}", qualified_name(table)),
+    ))
 }
 
 fn one_digest(bytes: &[u8]) -> Result<[u8; 32]> {
@@ -188,7 +194,7 @@ fn indexed_target(target: PgRelation) -> Result<i32, ErrorReport> {
 /// `dedup.segment_entries`: unpacks a block of a segment.
 ///
 /// # Errors
-/// XX001 for a damaged block, 42704 for an unknown target.
+/// XX001 for a damaged block, 42704 for an unknown target, 42501 without SELECT on it.
 #[pg_extern(stable, parallel_unsafe, strict)]
 #[allow(clippy::type_complexity)] // the macro reads the columns from the type
 fn segment_entries(
@@ -207,6 +213,7 @@ fn segment_entries(
     ErrorReport,
 > {
     let target = Target::by_id(target_id)?;
+    may_read(target.table)?;
     let view = BlockView::parse(entries)
         .map_err(|e| Error::corrupted("a segment's block is damaged").detail(e.to_string()))?;
     let base = target.base();

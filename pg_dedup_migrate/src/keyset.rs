@@ -2,6 +2,7 @@
 //!
 //! Names and operators are always written with their schema, so that no search_path decides what a query means.
 use std::ffi::CStr;
+use std::hash::{DefaultHasher, Hasher};
 
 use pg_dedup_record::key;
 use pg_dedup_record::layout::Layout;
@@ -22,6 +23,13 @@ pub fn qualified_name(relation: pg_sys::Oid) -> String {
         }
         CStr::from_ptr(pg_sys::quote_qualified_identifier(schema, name)).to_string_lossy().into_owned()
     }
+}
+
+/// A hash that tells keys apart within one call; it is never stored.
+pub fn hash_of(parts: &[&[u8]]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    parts.iter().for_each(|part| hasher.write(part));
+    hasher.finish()
 }
 
 /// An identifier, quoted where it must be.

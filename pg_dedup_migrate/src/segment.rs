@@ -4,7 +4,6 @@
 //! aborted attempt can leave dead rows but never rows that look like somebody else's. Rows are written natively:
 //! the statement triggers that mark the filter cold are for rows that come in any other way.
 use pg_dedup_record::block::{BlockBuilder, BlockView, Entry};
-use pg_dedup_record::digest::Digest;
 use pgrx::{IntoDatum, pg_sys};
 
 use crate::error::{Error, Result};
@@ -248,9 +247,4 @@ pub fn for_each_entry(
         }
     }
     Ok(())
-}
-
-/// A digest as the record crate has it.
-pub fn digest(bytes: &[u8; 32]) -> Digest {
-    Digest(*bytes)
 }

@@ -1,15 +1,16 @@
-//! Verifying chunks at the end of a run instead of before their COMMIT: one scan of the target.
+//! Verifying chunks at the end of a run instead of before their COMMIT, by scanning the target.
 //!
 //! Rows without a key cannot be read back by the chunk that wrote them, and a run may put the reading back of all its chunks off
 //! (`"verify": "end"`). Such a chunk's checkpoint stays `syncing` with `written_at` set, and when nothing is left to write, every index entry
-//! that the run made is looked for among the target's rows: same content digest, same beginning of the row digest, which covers the key too.
-//! An entry without a row is retracted and its chunk fails, so that the chunk's next attempt writes the record again.
+//! that the run made is looked for among the target's rows: same content digest, same key, same beginning of the row digest. A chunk with an
+//! entry that has no such row fails. Where nothing under the key has the content any more, the entry is retracted, so that the chunk's
+//! next attempt, or whoever else has the content, writes it.
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet};
-use std::hash::{DefaultHasher, Hasher};
+use std::collections::BTreeMap;
 
 use pg_dedup_record::block::{Entry, Stamp};
 use pg_dedup_record::checksum::Checksum;
+use pg_dedup_record::digest::Digest;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use pgrx::{Uuid, pg_sys};
@@ -18,12 +19,22 @@ use crate::chunk::required;
 use crate::error::{Error, Result};
 use crate::hash::rows;
 use crate::index::Target;
-use crate::keyset::{column_list, qualified_name};
+use crate::keyset::{column_list, hash_of, qualified_name};
 use crate::relation::{Access, Snapshot, Table};
-use crate::segment::{self, BlockReader, SegmentWriter, next_number};
+use crate::segment::{self, BlockReader, Segment, SegmentWriter, next_number};
 
 /// Entries that a block holds at most, roughly: when they have no key.
 const ENTRIES_PER_BLOCK: usize = 200;
+
+/// What of an entry the scan has found.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Found {
+    Nothing,
+    /// A row with its content under its key, with other values beside it.
+    Content,
+    /// The row.
+    Row,
+}
 
 /// An entry of the run that must have a row.
 struct Expected {
@@ -31,9 +42,9 @@ struct Expected {
     /// A hash of its key, which tells entries of one content apart.
     key: u64,
     ordinal: u64,
-    row_digest: [u8; 8],
+    row_digest: [u8; Digest::SHORT_LEN],
     tombstone: bool,
-    seen: bool,
+    found: Found,
 }
 
 impl Expected {
@@ -43,67 +54,94 @@ impl Expected {
     }
 }
 
-fn hash_of(key: &[u8]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    hasher.write(key);
-    hasher.finish()
-}
-
 /// What is known of one of the run's chunks.
 struct Written {
     chunk_id: String,
-    /// Its last ordinal; entries of earlier ones are its too, but not in its books.
+    /// Its last ordinal; entries of earlier ones are its too.
     ordinal: u64,
-    /// Sum of the row digests that its books call inserted; only a chunk without keys lists all of them under one ordinal.
-    inserted: Option<Checksum>,
+    /// Count and sum of row digests of what it wrote under that.
+    wrote: (i64, Checksum),
     /// The same of the rows found.
-    found: Checksum,
+    found: (i64, Checksum),
+    /// Rows that its books have in the target.
     rows: i64,
-    /// Digest and key's hash of the entries without a row.
-    missing: BTreeSet<([u8; 32], u64)>,
+    /// Entries without their row.
+    missing: i64,
+    /// Where entries are retracted, once there are any.
+    retracted_under: Option<i64>,
+}
+
+impl Written {
+    /// All of its rows are there. What others have replaced since has no entry of it any more: then the sums can't be compared.
+    fn is_whole(&self) -> bool {
+        self.missing == 0 && (self.found.0 != self.wrote.0 || self.found.1 == self.wrote.1)
+    }
+}
+
+/// The chunks that wait, and which of them each of the run's ordinals belongs to.
+struct Waiting {
+    chunks: Vec<Written>,
+    chunk_of: BTreeMap<u64, usize>,
+}
+
+impl Waiting {
+    fn of(&mut self, ordinal: u64) -> &mut Written {
+        &mut self.chunks[self.chunk_of[&ordinal]]
+    }
 }
 
 /// `dedup.verify_written`: compares what the run's chunks wrote, and did not read back before they committed, with the target's rows; marks
-/// them `verified`, or `failed` where rows are missing or differ. Returns how many rows are.
+/// them `verified`, or `failed` where rows are missing or differ. Returns how many rows are; NULL: another session is at it, unless told to
+/// `wait` for it.
 ///
 /// # Errors
 /// 42704 for an unknown table of the run, 55000 when the target's files were replaced, XX001 for a damaged block.
 #[pg_extern(volatile, parallel_unsafe, strict)]
-fn verify_written(run: Uuid, table_id: i32) -> Result<i64, ErrorReport> {
-    Ok(verify(run, table_id)?)
+fn verify_written(
+    run: Uuid,
+    table_id: i32,
+    wait: default!(bool, "false"),
+) -> Result<Option<i64>, ErrorReport> {
+    Ok(verify(run, table_id, wait)?)
 }
 
-fn verify(run: Uuid, table_id: i32) -> Result<i64> {
+fn verify(run: Uuid, table_id: i32, wait: bool) -> Result<Option<i64>> {
     let target_id: i32 = Spi::get_one_with_args(
         "SELECT max(target_id) FROM dedup.run_tables WHERE run_id = $1 AND table_id = $2",
         &[run.into(), table_id.into()],
     )?
     .ok_or_else(|| Error::undefined(format!("run {run} has no table {table_id}")))?;
+    // Numbers of targets are positive: the negative ones are for this.
+    let turn = if wait {
+        "SELECT true FROM pg_catalog.pg_advisory_xact_lock(dedup.lock_class(), -$1)"
+    } else {
+        "SELECT pg_catalog.pg_try_advisory_xact_lock(dedup.lock_class(), -$1)"
+    };
+    if Spi::get_one_with_args::<bool>(turn, &[target_id.into()])? != Some(true) {
+        return Ok(None);
+    }
     // Exclusively: nobody may be told that a content is there while its entry is about to be retracted.
     Spi::run_with_args(
         "SELECT pg_catalog.pg_advisory_xact_lock(dedup.lock_class(), $1)",
         &[target_id.into()],
     )?;
+    let mut waiting = waiting(run, table_id)?;
+    if waiting.chunks.is_empty() {
+        return Ok(Some(0));
+    }
     Spi::run_with_args("SELECT dedup.check_filenodes($1)", &[target_id.into()])?;
     let target = Target::by_id(target_id)?;
-    let (mut chunks, chunk_of) = waiting(run, table_id)?;
-    if chunks.is_empty() {
-        return Ok(0);
-    }
-    compare(&target, &mut chunks, &chunk_of)?;
-    close(run, &target, &chunks)
+    compare(run, &target, &mut waiting)?;
+    Ok(Some(close(run, &target, &waiting.chunks)?))
 }
 
-/// The table's chunks that wait for verification, and which of them each of the run's ordinals belongs to.
-fn waiting(run: Uuid, table_id: i32) -> Result<(Vec<Written>, BTreeMap<u64, usize>)> {
+fn waiting(run: Uuid, table_id: i32) -> Result<Waiting> {
     Spi::connect(|client| {
-        let mut chunks: Vec<Written> = Vec::new();
-        let mut chunk_of = BTreeMap::new();
+        let mut waiting = Waiting { chunks: Vec::new(), chunk_of: BTreeMap::new() };
         let rows = client.select(
-            "SELECT c.chunk_id, c.ordinal AS last, CASE WHEN t.keyless THEN c.inserted_checksum END AS inserted_checksum, \
+            "SELECT c.chunk_id, c.ordinal AS last, c.written_count, c.written_checksum, \
                  c.inserted_count OPERATOR(pg_catalog.+) c.updated_count AS rows, o.ordinal \
              FROM dedup.checkpoints AS c JOIN dedup.ordinals AS o USING (run_id, chunk_id) \
-                 JOIN dedup.run_tables AS t USING (run_id, table_id) \
              WHERE c.run_id = $1 AND c.table_id = $2 AND c.status = 'syncing' AND c.written_at IS NOT NULL \
              ORDER BY c.chunk_no, o.ordinal",
             None,
@@ -111,31 +149,32 @@ fn waiting(run: Uuid, table_id: i32) -> Result<(Vec<Written>, BTreeMap<u64, usiz
         )?;
         for row in rows {
             let chunk_id: String = required(row["chunk_id"].value()?)?;
-            if chunks.last().is_none_or(|last| last.chunk_id != chunk_id) {
-                let sum: Option<Vec<u8>> = row["inserted_checksum"].value()?;
-                let sum: Option<[u8; 32]> = sum
-                    .map(TryInto::try_into)
-                    .transpose()
+            if waiting.chunks.last().is_none_or(|last| last.chunk_id != chunk_id) {
+                let sum: Vec<u8> = required(row["written_checksum"].value()?)?;
+                let sum: [u8; 32] = sum
+                    .try_into()
                     .map_err(|_| Error::corrupted("a checkpoint's checksum is not 32 bytes"))?;
-                chunks.push(Written {
+                waiting.chunks.push(Written {
                     chunk_id,
                     ordinal: required(row["last"].value::<i64>()?)? as u64,
-                    inserted: sum.as_ref().map(Checksum::from_bytes),
-                    found: Checksum::default(),
+                    wrote: (required(row["written_count"].value()?)?, Checksum::from_bytes(&sum)),
+                    found: (0, Checksum::default()),
                     rows: required(row["rows"].value()?)?,
-                    missing: BTreeSet::new(),
+                    missing: 0,
+                    retracted_under: None,
                 });
             }
-            chunk_of.insert(required(row["ordinal"].value::<i64>()?)? as u64, chunks.len() - 1);
+            let ordinal = required(row["ordinal"].value::<i64>()?)? as u64;
+            waiting.chunk_of.insert(ordinal, waiting.chunks.len() - 1);
         }
-        Ok((chunks, chunk_of))
+        Ok(waiting)
     })
 }
 
-/// Scans the target, more than once if the entries do not fit `maintenance_work_mem`: each scan looks for those of a range of digests.
-fn compare(target: &Target, chunks: &mut [Written], chunk_of: &BTreeMap<u64, usize>) -> Result<()> {
+/// Looks for the entries, as many at a time as fit `maintenance_work_mem`: those of a range of digests, by one scan of the target.
+fn compare(run: Uuid, target: &Target, waiting: &mut Waiting) -> Result<()> {
     let snapshot = Snapshot::latest();
-    let oldest = chunk_of.first_key_value().map_or(0, |(ordinal, _)| *ordinal) as i64;
+    let oldest = waiting.chunk_of.first_key_value().map_or(0, |(ordinal, _)| *ordinal) as i64;
     let segments: Vec<_> = segment::segments_of(target.id, &snapshot)?
         .into_iter()
         .filter(|s| s.last_ordinal >= oldest)
@@ -157,11 +196,11 @@ fn compare(target: &Target, chunks: &mut [Written], chunk_of: &BTreeMap<u64, usi
                 if entry.stamp.ordinal >= oldest as u64 && of_this_pass(entry.digest.as_bytes()) {
                     expected.push(Expected {
                         digest: *entry.digest.as_bytes(),
-                        key: hash_of(entry.key),
+                        key: hash_of(&[entry.key]),
                         ordinal: entry.stamp.ordinal,
                         row_digest: entry.row_digest,
                         tombstone: entry.stamp.tombstone,
-                        seen: false,
+                        found: Found::Nothing,
                     });
                 }
                 Ok(())
@@ -170,85 +209,94 @@ fn compare(target: &Target, chunks: &mut [Written], chunk_of: &BTreeMap<u64, usi
         // Of one content and key the last word counts; what it says about other runs is not ours to check.
         expected.sort_unstable_by_key(|e| (e.subject(), Reverse(e.ordinal)));
         expected.dedup_by_key(|e| e.subject());
-        expected.retain(|e| !e.tombstone && chunk_of.contains_key(&e.ordinal));
-        look_for(target, &mut expected, chunks, chunk_of)?;
-        for entry in expected.iter().filter(|e| !e.seen) {
-            chunks[chunk_of[&entry.ordinal]].missing.insert(entry.subject());
+        expected.retain(|e| !e.tombstone && waiting.chunk_of.contains_key(&e.ordinal));
+        look_for(target, &mut expected, waiting)?;
+        expected.retain(|e| e.found != Found::Row);
+        for entry in &expected {
+            waiting.of(entry.ordinal).missing += 1;
         }
+        expected.retain(|e| e.found == Found::Nothing);
+        retract(run, target.id, &mut reader, &segments, &expected, waiting)?;
     }
     Ok(())
 }
 
-/// One scan: marks the entries that have their row.
-fn look_for(
-    target: &Target,
-    expected: &mut [Expected],
-    chunks: &mut [Written],
-    chunk_of: &BTreeMap<u64, usize>,
-) -> Result<()> {
+/// One scan: says of each entry what there is of it.
+fn look_for(target: &Target, expected: &mut [Expected], waiting: &mut Waiting) -> Result<()> {
     if expected.is_empty() {
         return Ok(());
     }
     let query =
         format!("SELECT {} FROM {} AS t", column_list(&target.layout, "t"), qualified_name(target.table));
+    let mut key = Vec::new();
     rows::scan(&query, &[], &target.layout, 0, |row| {
         let digests = row.digests()?;
-        let first = expected.partition_point(|e| e.digest < *digests.content.as_bytes());
-        let row_digest = digests.row.short();
-        let entry = expected[first..]
-            .iter_mut()
-            .take_while(|e| e.digest == *digests.content.as_bytes())
-            .find(|e| !e.seen && e.row_digest == row_digest);
-        if let Some(entry) = entry {
-            entry.seen = true;
-            let chunk = &mut chunks[chunk_of[&entry.ordinal]];
-            if chunk.ordinal == entry.ordinal {
-                chunk.found.add(&digests.row);
-            }
+        key.clear();
+        if !target.layout.key.is_empty() {
+            row.write_key(&mut key)?;
+        }
+        let subject = (*digests.content.as_bytes(), hash_of(&[&key]));
+        let Ok(at) = expected.binary_search_by_key(&subject, Expected::subject) else { return Ok(()) };
+        let entry = &mut expected[at];
+        if entry.found == Found::Row {
+            return Ok(());
+        }
+        if digests.row.short() != entry.row_digest {
+            entry.found = Found::Content;
+            return Ok(());
+        }
+        entry.found = Found::Row;
+        let chunk = waiting.of(entry.ordinal);
+        if chunk.ordinal == entry.ordinal {
+            chunk.found.0 += 1;
+            chunk.found.1.add(&digests.row);
         }
         Ok(())
     })?;
     Ok(())
 }
 
-/// Marks the chunks; returns how many rows are missing or differ.
-fn close(run: Uuid, target: &Target, chunks: &[Written]) -> Result<i64> {
-    let mut lost = 0;
-    for chunk in chunks {
-        if chunk.missing.is_empty() && chunk.inserted.is_none_or(|inserted| chunk.found == inserted) {
-            Spi::run_with_args(
-                "UPDATE dedup.checkpoints SET status = 'verified', verified_at = pg_catalog.clock_timestamp() \
-                 WHERE run_id = $1 AND chunk_id = $2",
-                &[run.into(), chunk.chunk_id.as_str().into()],
-            )?;
-            continue;
-        }
-        let missing = chunk.missing.len().max(1) as i64;
-        lost += missing;
-        retract(run, target.id, chunk)?;
-        let message = format!(
-            "{} does not hold what was sent: of {} rows {missing} are missing or differ",
-            qualified_name(target.table),
-            chunk.rows
-        );
-        Spi::run_with_args(
-            "UPDATE dedup.checkpoints SET status = 'failed', written_at = NULL, error_sqlstate = '23000', error_message = $3, \
-                 error_hint = 'Look for a trigger, rule or policy that rewrites or drops rows of the target, then resume the run.' \
-             WHERE run_id = $1 AND chunk_id = $2",
-            &[run.into(), chunk.chunk_id.as_str().into(), message.as_str().into()],
-        )?;
-        Spi::run_with_args(
-            "SELECT dedup.log_event($1, $2, 'chunk_failed', pg_catalog.jsonb_build_object('sqlstate', '23000', 'message', $3))",
-            &[run.into(), chunk.chunk_id.as_str().into(), message.as_str().into()],
-        )?;
+/// Takes the entries of contents that are gone out of the index, those of each chunk under an ordinal of their own.
+fn retract(
+    run: Uuid,
+    target: i32,
+    reader: &mut BlockReader<'_>,
+    segments: &[Segment],
+    gone: &[Expected],
+    waiting: &mut Waiting,
+) -> Result<()> {
+    if gone.is_empty() {
+        return Ok(());
     }
-    Ok(lost)
+    // Their keys were too much to keep while nothing was known to be missing.
+    let mut tombstones: Vec<(Digest, u64, Vec<u8>)> = Vec::with_capacity(gone.len());
+    for segment in segments {
+        segment::for_each_entry(reader, segment.id, |entry| {
+            let subject = (*entry.digest.as_bytes(), hash_of(&[entry.key]));
+            if let Ok(at) = gone.binary_search_by_key(&subject, Expected::subject)
+                && gone[at].ordinal == entry.stamp.ordinal
+            {
+                let ordinal = retraction_ordinal(run, target, waiting.of(entry.stamp.ordinal))?;
+                tombstones.push((entry.digest, ordinal as u64, entry.key.to_vec()));
+            }
+            Ok(())
+        })?;
+    }
+    tombstones.sort_unstable();
+    let blocks = Table::open("segment_block", Access::Insert)?;
+    let segments = Table::open("segment", Access::Insert)?;
+    let mut writer = SegmentWriter::new(&blocks, target, 0)?;
+    for (digest, ordinal, key) in &tombstones {
+        let stamp = Stamp { ordinal: *ordinal, tombstone: true };
+        writer.push(&Entry { digest: *digest, stamp, row_digest: [0; Digest::SHORT_LEN], key })?;
+    }
+    writer.finish(&segments)?;
+    Ok(())
 }
 
-/// Takes the entries without a row out of the index, under an ordinal of their own.
-fn retract(run: Uuid, target: i32, chunk: &Written) -> Result<()> {
-    if chunk.missing.is_empty() {
-        return Ok(());
+fn retraction_ordinal(run: Uuid, target: i32, chunk: &mut Written) -> Result<i64> {
+    if let Some(ordinal) = chunk.retracted_under {
+        return Ok(ordinal);
     }
     let ordinal = next_number("ordinal_seq")?;
     Spi::run_with_args(
@@ -256,32 +304,33 @@ fn retract(run: Uuid, target: i32, chunk: &Written) -> Result<()> {
          SELECT $1, $2, $3, $4, r.pass FROM dedup.runs AS r WHERE r.run_id = $3",
         &[ordinal.into(), target.into(), run.into(), chunk.chunk_id.as_str().into()],
     )?;
-    let stamp = Stamp { ordinal: ordinal as u64, tombstone: true };
-    let missing = missing_entries(target, chunk)?;
-    let blocks = Table::open("segment_block", Access::Insert)?;
-    let segments = Table::open("segment", Access::Insert)?;
-    let mut writer = SegmentWriter::new(&blocks, target, 0)?;
-    for (digest, key) in &missing {
-        writer.push(&Entry { digest: segment::digest(digest), stamp, row_digest: [0; 8], key })?;
-    }
-    writer.finish(&segments)?;
-    Ok(())
+    chunk.retracted_under = Some(ordinal);
+    Ok(ordinal)
 }
 
-/// The missing entries with their keys, which were too much to keep while there was nothing missing.
-fn missing_entries(target: i32, chunk: &Written) -> Result<BTreeSet<([u8; 32], Vec<u8>)>> {
-    let snapshot = Snapshot::latest();
-    let blocks = Table::open("segment_block", Access::Read)?;
-    let mut reader = BlockReader::new(&blocks, &snapshot)?;
-    let mut entries = BTreeSet::new();
-    for segment in segment::segments_of(target, &snapshot)? {
-        segment::for_each_entry(&mut reader, segment.id, |entry| {
-            let subject = (*entry.digest.as_bytes(), hash_of(entry.key));
-            if chunk.missing.contains(&subject) {
-                entries.insert((subject.0, entry.key.to_vec()));
-            }
-            Ok(())
-        })?;
+/// Marks the chunks; returns how many rows are missing or differ.
+fn close(run: Uuid, target: &Target, chunks: &[Written]) -> Result<i64> {
+    let mut lost = 0;
+    for chunk in chunks {
+        if chunk.is_whole() {
+            Spi::run_with_args(
+                "UPDATE dedup.checkpoints SET status = 'verified', verified_at = pg_catalog.clock_timestamp() \
+                 WHERE run_id = $1 AND chunk_id = $2",
+                &[run.into(), chunk.chunk_id.as_str().into()],
+            )?;
+            continue;
+        }
+        lost += chunk.missing.max(1);
+        let name = qualified_name(target.table);
+        let what = match chunk.missing {
+            0 => "the checksums of its rows differ".to_owned(),
+            missing => format!("of {} rows {missing} are missing or differ", chunk.rows),
+        };
+        let message = format!("{name} does not hold what was sent: {what}");
+        Spi::run_with_args(
+            "SELECT dedup.fail_written($1, $2, $3)",
+            &[run.into(), chunk.chunk_id.as_str().into(), message.as_str().into()],
+        )?;
     }
-    Ok(entries)
+    Ok(lost)
 }

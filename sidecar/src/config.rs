@@ -66,8 +66,8 @@ pub struct Job {
     pub chunk_bytes: u64,
     /// Refused records a chunk; `None`: as the run has it.
     pub error_budget: Option<u64>,
-    /// When what was written is read back.
-    pub verify: Verify,
+    /// When what was written is read back; `None`: as the run has it.
+    pub verify: Option<Verify>,
     /// Seconds a lease lasts without a heartbeat; `None`: the extension's default.
     pub lease_seconds: Option<u32>,
     /// Whether rows that stand in a target are hashed before the first chunk.
@@ -280,7 +280,7 @@ impl FileConfig {
             workers,
             chunk_bytes,
             error_budget: self.error_budget,
-            verify: self.verify.unwrap_or_default(),
+            verify: self.verify,
             lease_seconds: self.lease_seconds,
             index_existing: self.index_existing.unwrap_or(true),
             ..Job::default()

@@ -7,7 +7,8 @@ use std::time::Duration;
 use backon::{ExponentialBuilder, Retryable};
 use tokio::task::JoinHandle;
 use tokio_postgres::config::{ChannelBinding, SslNegotiation, TargetSessionAttrs};
-use tokio_postgres::{CancelToken, Client, Statement};
+use tokio_postgres::error::{DbError, Severity};
+use tokio_postgres::{AsyncMessage, CancelToken, Client, Statement};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use crate::conninfo::{ConnInfo, SslMode};
@@ -88,15 +89,22 @@ impl Endpoint {
     pub async fn connect(&self, role: Role) -> Result<Session> {
         let mut config = self.config.clone();
         config.application_name(format!("pg-dedup-migrate/{}", role.name()));
-        let (client, connection) = config
+        let (client, mut connection) = config
             .connect(self.tls.clone())
             .await
             .map_err(|e| Error::driver(self.side, &format!("can't connect to {}", self.info), e))?;
         let side = self.side;
         // On the runtime of whoever connects: a lane's sessions live on its thread.
         let driver = tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!("{side}: connection ended: {error}");
+            while let Some(message) = std::future::poll_fn(|context| connection.poll_message(context)).await {
+                match message {
+                    Ok(AsyncMessage::Notice(notice)) => tell_notice(side, &notice),
+                    Ok(_) => {}
+                    Err(error) => {
+                        tracing::debug!("{side}: connection ended: {error}");
+                        break;
+                    }
+                }
             }
         });
         let session = Session {
@@ -208,6 +216,15 @@ impl Session {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Statement>> {
         self.statements.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// What the server says beside its answers. Its warnings are for the person who runs this; they may quote a trigger's own words, but no record.
+fn tell_notice(side: Side, notice: &DbError) {
+    let hint = notice.hint().map(|hint| format!("; {hint}")).unwrap_or_default();
+    match notice.parsed_severity() {
+        Some(Severity::Warning) => tracing::warn!("{side}: {}{hint}", notice.message()),
+        _ => tracing::debug!("{side}: {}", notice.message()),
     }
 }
 

@@ -1,11 +1,51 @@
 //! After the load: sequences past the highest key, VACUUM and ANALYZE, and the run's end.
 
+use std::time::Duration;
+
 use futures_util::{StreamExt, stream};
+use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
 use crate::conn::{Endpoint, Role, Session};
 use crate::error::{At, Result, Side};
 use crate::names::{TableName, quote_ident};
+use crate::stop::Stop;
+
+/// Has the target read back what its chunks did not, table by table, each in a transaction of its own. Another process may be at a table: then
+/// its end is waited for.
+pub async fn verify_written(target: &Session, run: Uuid, stop: &Stop) -> Result<()> {
+    let doing = "verifying what was written";
+    loop {
+        let rows = target
+            .client
+            .query("SELECT dedup.unverified_tables($1::uuid)", &[&run])
+            .await
+            .at(Side::Target, doing)?;
+        if rows.is_empty() {
+            return Ok(());
+        }
+        for row in rows {
+            let table: i32 = row.try_get(0).at(Side::Target, doing)?;
+            let parameters: [&(dyn ToSql + Sync); 2] = [&run, &table];
+            let verified =
+                target.client.query_one("SELECT dedup.verify_written($1::uuid, $2::int4)", &parameters);
+            tokio::select! {
+                verified = verified => drop(verified.at(Side::Target, doing)?),
+                () = stop.asked() => {
+                    target.cancel().await;
+                    return Ok(());
+                }
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(OTHERS_AT_IT) => {}
+            () = stop.asked() => return Ok(()),
+        }
+    }
+}
+
+/// Between two looks at a table that another process verifies.
+const OTHERS_AT_IT: Duration = Duration::from_millis(500);
 
 /// Ends a run; answers its status. `running` means that chunks were reopened and there is more to do.
 pub async fn complete(target: &Session, run: Uuid) -> Result<String> {
@@ -90,9 +130,12 @@ const IMPATIENT: &str = "SELECT pg_catalog.set_config('deadlock_timeout', '10ms'
 
 /// What of a target's VACUUM can be done while it is still being written to, unless an autovacuum worker is at it. Told at the end, should it not be possible.
 pub async fn vacuum_early(target: &Session, table: &TableName) {
-    let sql = format!("VACUUM (PROCESS_TOAST FALSE, SKIP_LOCKED) {}", table.quoted());
-    if let Err(error) = target.client.batch_execute(&sql).await {
-        tracing::debug!("{table} was not vacuumed early: {error}");
+    let vacuum = format!("VACUUM (PROCESS_TOAST FALSE, SKIP_LOCKED) {}", table.quoted());
+    // One by one: VACUUM stands in no transaction, and the server takes several statements for one.
+    for sql in ["SET client_min_messages = error", &vacuum, "RESET client_min_messages"] {
+        if let Err(error) = target.client.batch_execute(sql).await {
+            tracing::debug!("{table} was not vacuumed early: {error}");
+        }
     }
 }
 

@@ -166,12 +166,12 @@ pub async fn pending(session: &Session, run: Uuid) -> Result<i64> {
     call(session, "counting chunks", sql, &[&run]).await
 }
 
-/// How many chunks of the run are verified, and how many others than this are still to be done.
+/// How many chunks of the run are written, and how many others than this are still to be done.
 pub async fn others(session: &Session, run: Uuid, chunk_id: &str) -> Result<(i64, i64)> {
     let doing = "counting chunks";
     let statement = session
         .prepared(
-            "SELECT count(*) FILTER (WHERE status = 'verified'), count(*) FILTER (WHERE chunk_id <> $2 \
+            "SELECT count(*) FILTER (WHERE status = 'verified' OR written_at IS NOT NULL), count(*) FILTER (WHERE chunk_id <> $2 \
              AND status IN ('pending', 'syncing') AND written_at IS NULL) FROM dedup.checkpoints WHERE run_id = $1",
         )
         .await?;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crate::cli::Verify;
 use crate::config::Job;
 use crate::conn::{Endpoint, Session};
 use crate::error::{At, Error, Result, Side};
@@ -38,6 +39,10 @@ pub async fn resume(
     let mut differences = Vec::new();
     if before != identity {
         differences.push(format!("source: the run's is {before}, this one is {identity}"));
+    }
+    if job.verify.is_some_and(|verify| verify != run.verify) {
+        let when = if run.verify == Verify::End { "at its end" } else { "chunk by chunk" };
+        differences.push(format!("--verify: the run is verified {when}"));
     }
     differences.extend(differences_in_tables(job, &tables.into_values().collect::<Vec<_>>()));
     if !differences.is_empty() {

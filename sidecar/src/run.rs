@@ -165,6 +165,12 @@ async fn work_to_the_end(job: &Job, ends: &mut Ends, run: &Run, stop: &Stop) -> 
         if stop.finishing() {
             return Ok(());
         }
+        if !open(&ends.admin, run.run_id).await? {
+            finish::verify_written(&ends.admin, run.run_id, stop).await?;
+            if stop.finishing() {
+                return Ok(());
+            }
+        }
         finish::advance_sequences(&ends.admin, &targets).await?;
         match finish::complete(&ends.admin, run.run_id).await?.as_str() {
             // The orphan pass reopened chunks.

@@ -2,6 +2,7 @@
 
 use uuid::Uuid;
 
+use crate::cli::Verify;
 use crate::conn::Session;
 use crate::error::{At, Error, Kind, Result, Side};
 
@@ -16,6 +17,8 @@ pub struct Run {
     pub status: String,
     /// Leases a chunk may have.
     pub max_attempts: i32,
+    /// When what it writes is read back.
+    pub verify: Verify,
     /// What the sidecar that created it was told.
     pub settings: serde_json::Value,
 }
@@ -34,7 +37,7 @@ pub async fn find(session: &Session, wanted: &str) -> Result<Run> {
         .client
         .query(
             "SELECT run_id, name, status, coalesce((options ->> 'max_attempts')::int4, 5), \
-                 coalesce(options -> 'settings', '{}'::jsonb) FROM dedup.runs \
+                 coalesce(options -> 'settings', '{}'::jsonb), coalesce(options ->> 'verify', 'chunk') = 'end' FROM dedup.runs \
              WHERE CASE WHEN $1 = 'last' THEN created_at = (SELECT max(created_at) FROM dedup.runs) \
                  ELSE name = $1 OR (length($1) >= 4 AND starts_with(run_id::text, lower($1))) END \
              ORDER BY created_at DESC LIMIT 3",
@@ -52,6 +55,7 @@ pub async fn find(session: &Session, wanted: &str) -> Result<Run> {
             status: row.try_get(2).at(session.side, doing)?,
             max_attempts: row.try_get(3).at(session.side, doing)?,
             settings: row.try_get(4).at(session.side, doing)?,
+            verify: if row.try_get(5).at(session.side, doing)? { Verify::End } else { Verify::Chunk },
         }),
         _ => {
             Err(Error::new(Side::Target, Kind::Refused, format!("more than one run is called \"{wanted}\""))

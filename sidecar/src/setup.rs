@@ -82,7 +82,7 @@ async fn create_in_transaction(
 ) -> Result<Created> {
     let name = job.name.clone().unwrap_or_else(|| endpoint.database().to_owned());
     let mut options = json!({
-        "verify": job.verify,
+        "verify": job.verify.unwrap_or_default(),
         "sidecar_version": env!("CARGO_PKG_VERSION"),
         "settings": {
             "source": runs::source_identity(source).await?,
@@ -100,7 +100,7 @@ async fn create_in_transaction(
         .await
         .and_then(|row| row.try_get(0))
         .at(Side::Target, "create_run")?;
-    if job.verify == Verify::End {
+    if job.verify == Some(Verify::End) {
         tracing::info!("chunks are verified when everything is written, by one scan of each target");
     }
     let mut added = Vec::new();

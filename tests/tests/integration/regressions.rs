@@ -6,7 +6,7 @@ use integration::check::{Books, LAST_RUN, assert_books};
 use integration::cluster::{Cluster, PRELOAD, Stop};
 use integration::db::{Db, describe, sqlstate};
 use integration::pair::{DATABASE, Pair};
-use integration::sidecar::{exit, failpoint};
+use integration::sidecar::{Invocation, exit, failpoint};
 use tokio::time::sleep;
 
 /// A local run of one table, planned in small chunks; returns its id.
@@ -441,4 +441,53 @@ async fn two_runs_cannot_take_one_target_at_once() {
     db.exec("COMMIT").await;
     let error = second.await.expect("the session's task").expect_err("both took the target");
     assert_eq!(sqlstate(&error), "55006", "{}", describe(&error));
+}
+
+/// The grants that docs/privileges.md lists are enough for a worker, to the end of a run.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_documented_grants_are_enough() {
+    const PRIVILEGES: &str = include_str!("../../../docs/privileges.md");
+    let pair = Pair::start().await;
+    pair.both("CREATE SCHEMA x; CREATE TABLE x.orders (id serial PRIMARY KEY, body text)").await;
+    pair.source
+        .exec("INSERT INTO x.orders SELECT n, 'body ' || n % 50 FROM generate_series(1, 100) AS n")
+        .await;
+    let blocks = |from: &str, to: &str| {
+        let part = PRIVILEGES
+            .split_once(from)
+            .and_then(|(_, rest)| rest.split_once(to))
+            .map_or("", |(part, _)| part);
+        let sql: Vec<&str> =
+            part.split("```sql").skip(1).filter_map(|block| block.split("```").next()).collect();
+        assert!(!sql.is_empty(), "no SQL between {from} and {to}");
+        sql.join("\n")
+    };
+    pair.target.exec(&blocks("## A worker", "On the **source**")).await;
+    pair.source.exec(&blocks("On the **source**", "\n## ")).await;
+    let url = |cluster: &Cluster, role: &str| cluster.url(DATABASE).replace("postgres@", &format!("{role}@"));
+    for (name, verify) in [("at once", "chunk"), ("at the end", "end"), ("again", "chunk")] {
+        if name == "again" {
+            pair.source.exec("UPDATE x.orders SET body = 'revised' WHERE id = 7; UPDATE x.orders SET body = 'body 8' WHERE id = 9").await;
+        }
+        Invocation::new("run")
+            .args(&[
+                "--source",
+                &url(&pair.source_cluster, "reader"),
+                "--target",
+                &url(&pair.target_cluster, "loader"),
+            ])
+            .args(&[
+                "--table",
+                "x.orders",
+                "--content-columns",
+                "x.orders:body",
+                "--verify",
+                verify,
+                "--name",
+                name,
+            ])
+            .exits(exit::DONE)
+            .await;
+    }
+    assert_eq!(pair.target.column("SELECT DISTINCT status FROM dedup.runs").await, ["done"]);
 }

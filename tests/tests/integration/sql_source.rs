@@ -256,3 +256,46 @@ async fn rows_may_point_into_later_chunks() {
     let other: i64 = db.one("SELECT count(*) FROM dedup.quarantine WHERE sqlstate <> '23503' OR substr(source_key, 4)::int > 150").await;
     assert_eq!(other, 0);
 }
+
+/// The orphan pass opens chunks again, and one CALL does them; a run that is done stays as it is however often it is called.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_call_is_enough_and_more_do_nothing() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec(
+        "CREATE TABLE raw (id int PRIMARY KEY, body text, boss int); CREATE TABLE dst (LIKE raw INCLUDING ALL, FOREIGN KEY (boss) REFERENCES dst); \
+         INSERT INTO raw VALUES (5, 'x', NULL), (9, 'x', NULL), (1, 'one', NULL), (2, 'two', 999)",
+    )
+    .await;
+    let plan = async |name: &str| {
+        let run: String = db.one(&format!("SELECT dedup.create_run('{name}')::text")).await;
+        db.exec(&format!(
+            "SELECT dedup.add_table('{run}', 'public.raw', 'dst', content_columns => '{{body}}'), dedup.plan_chunks('{run}', 60)"
+        ))
+        .await;
+        run
+    };
+    let first = plan("first").await;
+    db.exec(&format!("CALL dedup.migrate_run('{first}')")).await;
+    let books = "SELECT run_id, chunk_id, status, ordinal, verified_at, attempts FROM dedup.checkpoints ORDER BY 1, 2";
+    let before = db.texts(books).await;
+    db.exec(&format!("CALL dedup.migrate_run('{first}')")).await;
+    assert_eq!(db.texts(books).await, before, "a run that was done was done again");
+
+    // 9 was dropped for 5, which now changes: the later chunk comes first and finds 5 as it was.
+    db.exec("UPDATE raw SET body = 'y' WHERE id = 5").await;
+    let second = plan("second").await;
+    let chunks = db
+        .column(&format!(
+            "SELECT chunk_id FROM dedup.checkpoints WHERE run_id = '{second}' ORDER BY chunk_no DESC"
+        ))
+        .await;
+    assert!(chunks.len() > 1);
+    for chunk in chunks {
+        db.exec(&format!("SELECT dedup.migrate_chunk('{second}', '{chunk}')")).await;
+    }
+    db.exec(&format!("CALL dedup.migrate_run('{second}')")).await;
+    assert_eq!(db.column("SELECT id || body FROM dst ORDER BY id").await, ["1one", "5y", "9x"]);
+    // The second run wrote what the first one had dropped: that is not to be done again.
+    assert_eq!(db.column("SELECT status FROM dedup.runs ORDER BY created_at").await, ["done", "done"]);
+}

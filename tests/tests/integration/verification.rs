@@ -3,7 +3,7 @@
 use integration::check::{Table, assert_exact, assert_index};
 use integration::db::Db;
 use integration::pair::Pair;
-use integration::sidecar::exit;
+use integration::sidecar::{exit, failpoint};
 
 const NOTES: Table<'_> =
     Table { source: "public.notes", target: "public.notes", content: &["body"], columns: &["id", "body"] };
@@ -158,10 +158,175 @@ async fn the_sidecar_puts_it_off_and_says_so() {
     assert_eq!(chunks, [row(["1", "0", "t", "failed"])]);
 }
 
+/// A run that is given up is verified first: nobody is dropped in favour of a row that isn't there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_run_leaves_nothing_unverified() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec(
+        "CREATE TABLE s (id int PRIMARY KEY, body text); CREATE TABLE t (LIKE s INCLUDING ALL); INSERT INTO s VALUES (1, 'a'), (2, 'b')",
+    )
+    .await;
+    let run = plain_run(db, "end").await;
+    write_chunks(db, &run).await;
+    db.exec("DELETE FROM t WHERE id = 2").await;
+    db.exec(&format!("SELECT dedup.cancel_run('{run}')")).await;
+    assert_eq!(states(db, &run).await, [row(["failed", "f", "f", "f"])]);
+    let other = plain_run(db, "chunk").await;
+    db.exec(&format!("CALL dedup.migrate_run('{other}')")).await;
+    assert_eq!(db.column("SELECT id || body FROM t ORDER BY id").await, ["1a", "2b"]);
+
+    // Rows that were replaced altogether can't be verified; the index is not believed either, until it is made anew.
+    let run = plain_run(db, "end").await;
+    db.exec("UPDATE s SET body = body || '!'").await;
+    write_chunks(db, &run).await;
+    db.exec("TRUNCATE t").await;
+    let (state, message) = db.fails(&format!("SELECT dedup.complete_run('{run}')")).await;
+    assert_eq!(state, "55000", "{message}");
+    assert!(message.contains(&format!("SELECT dedup.cancel_run('{run}')")), "{message}");
+    db.exec(&format!("SELECT dedup.cancel_run('{run}'); SELECT dedup.reindex_target('t')")).await;
+    let last = plain_run(db, "chunk").await;
+    db.exec(&format!("CALL dedup.migrate_run('{last}')")).await;
+    assert_eq!(db.column("SELECT id || body FROM t ORDER BY id").await, ["1a!", "2b!"]);
+}
+
+/// A run of one chunk from `s` into `t`.
+async fn plain_run(db: &Db, verify: &str) -> String {
+    let run: String =
+        db.one(&format!("SELECT dedup.create_run('plain', '{{\"verify\": \"{verify}\"}}')::text")).await;
+    db.exec(&format!(
+        "SELECT dedup.add_table('{run}', 'public.s', 't', content_columns => '{{body}}'), dedup.plan_chunks('{run}')"
+    ))
+    .await;
+    run
+}
+
+/// Somebody changed a column beside the content: the chunk fails, but its content still stands and is not written twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_content_that_still_stands_is_not_retracted() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec(
+        "CREATE TABLE s (id int PRIMARY KEY, body text, hits int); CREATE TABLE t (LIKE s INCLUDING ALL); \
+         INSERT INTO s VALUES (1, 'a', 0), (2, 'b', 0)",
+    )
+    .await;
+    let run = plain_run(db, "end").await;
+    write_chunks(db, &run).await;
+    db.exec("UPDATE t SET hits = 1 WHERE id = 1").await;
+    assert_eq!(db.one::<String>(&format!("SELECT dedup.complete_run('{run}')")).await, "failed");
+    let books: i64 = db.one("SELECT count(*) FROM dedup.checkpoints WHERE num_nonnulls(source_count, checksum, written_at) > 0").await;
+    assert_eq!(books, 0, "a failed chunk has books");
+    db.exec(&format!("SELECT dedup.cancel_run('{run}'); DELETE FROM s; INSERT INTO s VALUES (7, 'a', 0)"))
+        .await;
+    let other = plain_run(db, "chunk").await;
+    db.exec(&format!("CALL dedup.migrate_run('{other}')")).await;
+    assert_eq!(db.column("SELECT id || body FROM t ORDER BY id").await, ["1a", "2b"]);
+}
+
+/// More entries than fit the memory for it, most of them missing: several scans, each chunk told once.
+#[tokio::test(flavor = "multi_thread")]
+async fn in_little_memory() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec(
+        "CREATE TABLE s (id int PRIMARY KEY, body text); CREATE TABLE t (LIKE s INCLUDING ALL); \
+         INSERT INTO s SELECT n, 'body ' || n FROM generate_series(1, 60000) AS n; SET maintenance_work_mem = '1MB'",
+    )
+    .await;
+    let run: String = db.one("SELECT dedup.create_run('late', '{\"verify\": \"end\"}')::text").await;
+    db.exec(&format!(
+        "SELECT dedup.add_table('{run}', 'public.s', 't', content_columns => '{{body}}'), dedup.plan_chunks('{run}', 300000)"
+    ))
+    .await;
+    write_chunks(db, &run).await;
+    db.exec("DELETE FROM t WHERE id > 3000 AND id % 2 = 0").await;
+    assert_eq!(db.one::<String>(&format!("SELECT dedup.complete_run('{run}')")).await, "failed");
+    let told: i64 = db
+        .one("SELECT sum(substring(error_message, '(\\d+) are missing')::int)::int8 FROM dedup.checkpoints WHERE status = 'failed'")
+        .await;
+    assert_eq!(told, 28_500);
+    let indexed: i64 = db.one("SELECT count(*) FROM dedup.hash_index('t')").await;
+    assert_eq!(indexed, 31_500);
+    db.exec(&format!("SELECT dedup.requeue('{run}', 'failed')")).await;
+    db.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM t JOIN s USING (id, body)").await, 60_000);
+    assert_eq!(states(db, &run).await, [row(["verified", "t", "t", "t"])]);
+}
+
+/// Foreign keys into later chunks are waited for, though no chunk is verified meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn foreign_keys_are_waited_for() {
+    let pair = Pair::start().await;
+    pair.target
+        .exec("CREATE TABLE public.chain (id int PRIMARY KEY, next int REFERENCES public.chain)")
+        .await;
+    pair.source
+        .exec(
+            "CREATE TABLE public.chain (id int PRIMARY KEY, next int); \
+             INSERT INTO public.chain SELECT n, nullif(n + 1, 1001) FROM generate_series(1, 1000) AS n; ANALYZE public.chain",
+        )
+        .await;
+    pair.run(&["public.chain"])
+        .args(&["--verify", "end"])
+        .chunk_size("5kB")
+        .workers(2)
+        .exits(exit::DONE)
+        .await;
+    assert_eq!(pair.target.one::<i64>("SELECT count(*) FROM public.chain").await, 1000);
+
+    // The same in SQL.
+    let db = &pair.target;
+    db.exec("CREATE TABLE s AS SELECT * FROM public.chain; ALTER TABLE s ADD PRIMARY KEY (id); CREATE TABLE t (id int PRIMARY KEY, next int REFERENCES t)").await;
+    let run: String = db.one("SELECT dedup.create_run('late', '{\"verify\": \"end\"}')::text").await;
+    db.exec(&format!("SELECT dedup.add_table('{run}', 'public.s', 't'), dedup.plan_chunks('{run}', 5000)"))
+        .await;
+    db.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM t").await, 1000);
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM dedup.quarantine").await, 0);
+}
+
+/// Killed before the end: `--resume` goes on, verifies, and does not take another word for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_before_the_end() {
+    let pair = Pair::start().await;
+    pair.both("CREATE TABLE public.notes (id int PRIMARY KEY, body text)").await;
+    pair.source
+        .exec("INSERT INTO public.notes SELECT n, repeat('b', 50) || n % 700 FROM generate_series(1, 1000) AS n; ANALYZE public.notes")
+        .await;
+    pair.run(&["public.notes"])
+        .args(&["--content-columns", "public.notes:body", "--verify", "end"])
+        .chunk_size("10kB")
+        .workers(1)
+        .killed_at(failpoint::AFTER_COMMIT)
+        .await;
+    let written: i64 = pair
+        .target
+        .one("SELECT count(*) FROM dedup.checkpoints WHERE status = 'syncing' AND written_at IS NOT NULL")
+        .await;
+    assert!(written >= 1);
+    pair.target.exec("UPDATE dedup.runs SET options = options || '{\"lease_seconds\": 2}'").await;
+    pair.resume()
+        .args(&["--verify", "chunk"])
+        .exits(exit::ERROR)
+        .await
+        .says("the run is verified at its end");
+    pair.resume().exits(exit::DONE).await;
+    assert_exact(&pair.source, &pair.target, &NOTES).await;
+    assert_eq!(
+        pair.target.one::<i64>("SELECT count(*) FROM dedup.checkpoints WHERE status <> 'verified'").await,
+        0
+    );
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn other_times_are_refused() {
     let pair = Pair::start().await;
     let (state, message) = pair.target.fails("SELECT dedup.create_run('r', '{\"verify\": \"never\"}')").await;
     assert_eq!(state, "22023", "{message}");
+    for options in ["[1]", "{\"lease_seconds\": \"x\"}", "{\"max_attempts\": 0}"] {
+        let (state, message) = pair.target.fails(&format!("SELECT dedup.create_run('r', '{options}')")).await;
+        assert_eq!(state, "22023", "{message}");
+    }
     pair.run(&["public.t"]).args(&["--verify", "never"]).exits(exit::USAGE).await.says("chunk, end");
 }
