@@ -72,7 +72,7 @@ COMMENT ON COLUMN dedup.run_tables.source IS 'the source table as it was named';
 COMMENT ON COLUMN dedup.run_tables.target_id IS 'the target, in dedup.targets';
 COMMENT ON COLUMN dedup.run_tables.layout IS 'columns in COPY order with their canonical form, and which are content, key and rest';
 COMMENT ON COLUMN dedup.run_tables.content_rule IS 'which rule chose the content columns, in words';
-COMMENT ON COLUMN dedup.run_tables.keyless IS 'the target has no usable unique key; rows are verified by one scan at the end';
+COMMENT ON COLUMN dedup.run_tables.keyless IS 'the target has no usable unique key; rows are verified by a scan at the end';
 COMMENT ON COLUMN dedup.run_tables.source_spec IS 'how a worker reads the source; null: the target database sees it itself';
 COMMENT ON COLUMN dedup.run_tables.local_options IS 'filter (where) and transforms of a source that the target database sees';
 COMMENT ON COLUMN dedup.run_tables.range_comparable IS 'source and target order keys alike, so a chunk''s range holds on both sides';

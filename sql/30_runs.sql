@@ -32,13 +32,13 @@ BEGIN
     END IF;
     IF coalesce(options ->> 'verify', 'chunk') NOT IN ('chunk', 'end') THEN
         RAISE EXCEPTION 'cannot verify at %', quote_literal(options ->> 'verify') USING ERRCODE = 'invalid_parameter_value',
-            HINT = '"verify" is "chunk" (each chunk is read back before it commits) or "end" (one scan of each target when all is written).';
+            HINT = '"verify" is "chunk" (each chunk is read back before it commits) or "end" (each target is scanned when all is written).';
     END IF;
     INSERT INTO dedup.runs (name, options) VALUES (create_run.name, coalesce(create_run.options, '{}')) RETURNING run_id INTO id;
     PERFORM dedup.log_event(id, NULL, 'run_created', jsonb_build_object('name', name, 'options', options));
     RETURN id;
 END $$;
-COMMENT ON FUNCTION dedup.create_run(text, jsonb) IS 'creates a run; options: lease_seconds (60), max_attempts (5), verify (chunk; end: one scan when all is written)';
+COMMENT ON FUNCTION dedup.create_run(text, jsonb) IS 'creates a run; options: lease_seconds (60), max_attempts (5), verify (chunk; end: by scanning the targets when all is written)';
 
 -- The run's row, or a clear error.
 CREATE FUNCTION dedup.run_row(run uuid) RETURNS dedup.runs

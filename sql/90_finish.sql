@@ -36,7 +36,7 @@ COMMENT ON FUNCTION dedup.keep_rows(uuid, text, bytea) IS 'rows whose replacemen
 COMMENT ON FUNCTION dedup.delete_superseded(uuid, text, bytea) IS 'removes rows whose records now carry content that other rows hold, before images kept; returns how many';
 COMMENT ON FUNCTION dedup.add_lists(uuid, text, bytea, bytea) IS 'takes parts of manifest and ledger ahead of finish_chunk, which takes the last ones';
 COMMENT ON FUNCTION dedup.finish_chunk(uuid, text, bigint[], bytea, bytea, bytea, jsonb) IS 'writes manifest and ledger, reads the written rows back and closes the books; returns the ordinal';
-COMMENT ON FUNCTION dedup.verify_written(uuid, int, bool) IS 'compares what chunks of a run wrote and did not read back (tables without a key, runs that verify at the end) with the target''s rows, by one scan; they become verified or failed; returns the rows missing or different; null: another session is at it';
+COMMENT ON FUNCTION dedup.verify_written(uuid, int, bool) IS 'compares what chunks of a run wrote and did not read back (tables without a key, runs that verify at the end) with the target''s rows, by scanning it; they become verified or failed; returns the rows missing or different; null: another session is at it';
 COMMENT ON FUNCTION dedup.run_chunk(uuid, text) IS 'the work of migrate_chunk';
 
 -- Parts of the above.

@@ -44,7 +44,7 @@ pub fn define() {
     GucRegistry::define_bool_guc(
         c"pg_dedup_migrate.dump_index",
         c"Includes the hash index in what pg_dump writes.",
-        c"Left out, it is made anew after a restore by dedup.reindex_target.",
+        c"Left out, it is made anew after a restore by dedup.index_existing, which a run calls itself.",
         &DUMP_INDEX,
         GucContext::Userset,
         GucFlags::default(),

@@ -85,7 +85,7 @@ pub enum Verify {
     /// Every chunk before it commits
     #[default]
     Chunk,
-    /// All chunks when everything is written, by one scan of each target; until then they are syncing
+    /// All chunks when everything is written, by scanning each target; until then they are syncing
     End,
 }
 

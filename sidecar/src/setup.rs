@@ -101,7 +101,7 @@ async fn create_in_transaction(
         .and_then(|row| row.try_get(0))
         .at(Side::Target, "create_run")?;
     if job.verify == Some(Verify::End) {
-        tracing::info!("chunks are verified when everything is written, by one scan of each target");
+        tracing::info!("chunks are verified when everything is written, by scanning each target");
     }
     let mut added = Vec::new();
     for pair in pairs {

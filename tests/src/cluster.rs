@@ -218,6 +218,11 @@ impl Cluster {
         owner_write(&self.dir.join("data/postgresql.conf"), &format!("{setting}\n"));
     }
 
+    /// Makes an empty folder that the server can write to.
+    pub fn make_dir(&self, name: &str) {
+        owner_output(Command::new("mkdir").args(["-m", "0700"]).arg(self.dir.join(name)));
+    }
+
     /// Writes a file that only the server's user can read; returns its path.
     pub fn write_secret(&self, name: &str, content: &str) -> PathBuf {
         let path = self.dir.join(name);

@@ -128,9 +128,9 @@ pub async fn doctor(job: &Job) -> Result<u8> {
         match setup::named_tables(job, source).await {
             Ok(names) => {
                 let amount = pairs::check(job, &names, source, target, usable, &mut findings).await?;
-                servers::check_sizes(target, job, amount, &mut findings).await?;
+                servers::check_sizes(target, job, &amount, &mut findings).await?;
                 if usable {
-                    servers::check_disk(target, amount, &mut findings).await?;
+                    servers::check_disk(target, &amount, &mut findings).await?;
                 }
             }
             Err(error) => findings.blocker("tables", &error),

@@ -1,5 +1,7 @@
 //! What `doctor` looks at in each pair of tables.
 
+use std::collections::BTreeMap;
+
 use serde_json::json;
 use uuid::Uuid;
 
@@ -12,12 +14,12 @@ use crate::names::TableName;
 use crate::setup::{self, Added, Pair};
 
 /// How much the sources hold.
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Default, Clone)]
 pub struct Amount {
     /// Records, by the statistics.
     pub records: f64,
-    /// Bytes of tables and their indexes.
-    pub bytes: f64,
+    /// Bytes of tables and their indexes, by the target's tablespace that they go to.
+    pub bytes: BTreeMap<String, f64>,
 }
 
 /// Checks every pair; answers how much the sources hold.
@@ -39,13 +41,13 @@ pub async fn check(
             }
         };
         check_source_table(source, &source_table, findings).await?;
-        let of_table = amount_of(source, source_table.oid).await?;
-        amount.records += of_table.records;
-        amount.bytes += of_table.bytes;
+        let (records, bytes) = amount_of(source, source_table.oid).await?;
+        amount.records += records;
         let Some(target_table) = Relation::find(target, target_name).await? else {
             findings.blocker(source_name, &setup::missing_target(source_name, target_name));
             continue;
         };
+        *amount.bytes.entry(tablespace_of(target, target_table.oid).await?).or_default() += bytes;
         check_target_table(target, &target_table, findings).await?;
         let pair = Pair { options: job.options_of(source_name), source: source_table, target: target_table };
         if extension {
@@ -87,7 +89,7 @@ async fn told(source: &Session, pair: &Pair, added: &Added, findings: &mut Findi
             .add(
                 Level::Warning,
                 table,
-                "the target has no usable key: chunks are verified by one scan of the table at the end",
+                "the target has no usable key: chunks are verified by scanning the table at the end",
             )
             .hint("a valid, immediate, total unique index on NOT NULL columns of the target makes a key");
         if !pair.source.kind.has_pages() {
@@ -235,8 +237,23 @@ async fn check_target_table(target: &Session, table: &Relation, findings: &mut F
     Ok(())
 }
 
-/// What a table and its partitions hold; records that statistics don't know count as none.
-async fn amount_of(source: &Session, table: u32) -> Result<Amount> {
+/// The tablespace that a table's rows go to; of a partitioned one, its own.
+async fn tablespace_of(target: &Session, table: u32) -> Result<String> {
+    target
+        .client
+        .query_one(
+            "SELECT s.spcname::text FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_database AS d ON d.datname = pg_catalog.current_database() \
+             JOIN pg_catalog.pg_tablespace AS s ON s.oid = CASE c.reltablespace WHEN 0 THEN d.dattablespace ELSE c.reltablespace END \
+             WHERE c.oid = $1",
+            &[&table],
+        )
+        .await
+        .and_then(|row| row.try_get(0))
+        .at(Side::Target, "asking for a tablespace")
+}
+
+/// Records and bytes that a table and its partitions hold; records that statistics don't know count as none.
+async fn amount_of(source: &Session, table: u32) -> Result<(f64, f64)> {
     let doing = "reading statistics";
     let row = source
         .client
@@ -250,8 +267,5 @@ async fn amount_of(source: &Session, table: u32) -> Result<Amount> {
         )
         .await
         .at(Side::Source, doing)?;
-    Ok(Amount {
-        records: row.try_get(0).at(Side::Source, doing)?,
-        bytes: row.try_get(1).at(Side::Source, doing)?,
-    })
+    Ok((row.try_get(0).at(Side::Source, doing)?, row.try_get(1).at(Side::Source, doing)?))
 }

@@ -71,7 +71,12 @@ pub async fn check_target(
 }
 
 /// Memory and disk for the size that is planned.
-pub async fn check_sizes(target: &Session, job: &Job, amount: Amount, findings: &mut Findings) -> Result<()> {
+pub async fn check_sizes(
+    target: &Session,
+    job: &Job,
+    amount: &Amount,
+    findings: &mut Findings,
+) -> Result<()> {
     // 12 bits a key keep the filter's false answers below one in a hundred; a claim takes 16 bytes at a load of at most 7/8.
     let records = amount.records;
     let filter = records * 1.5 / 1e6;
@@ -107,7 +112,7 @@ pub async fn check_sizes(target: &Session, job: &Job, amount: Amount, findings: 
 const INDEX_BYTES: f64 = 56.0;
 
 /// Whether the target has room for what the sources hold: everything new, nothing a duplicate.
-pub async fn check_disk(target: &Session, amount: Amount, findings: &mut Findings) -> Result<()> {
+pub async fn check_disk(target: &Session, amount: &Amount, findings: &mut Findings) -> Result<()> {
     let doing = "asking for free disk space";
     let rows = match target.client.query("SELECT place, free_bytes FROM dedup.disk_space()", &[]).await {
         Ok(rows) => rows,
@@ -126,11 +131,12 @@ pub async fn check_disk(target: &Session, amount: Amount, findings: &mut Finding
     for row in rows {
         let place: String = row.try_get(0).at(target.side, doing)?;
         let free: i64 = row.try_get(1).at(target.side, doing)?;
+        let of_tablespace = |name: &str| amount.bytes.get(name).copied().unwrap_or(0.0);
         let needed = match place.as_str() {
-            "data directory" => amount.bytes + amount.records * INDEX_BYTES,
+            "data directory" => of_tablespace("pg_default") + amount.records * INDEX_BYTES,
             // It may pass max_wal_size for a while, and by far where an archiver or a slot keeps it.
             "pg_wal" => 2.0 * wal as f64,
-            _ => 0.0,
+            other => other.strip_prefix("tablespace ").map_or(0.0, of_tablespace),
         };
         room(&place, free as f64, needed, findings);
     }

@@ -191,6 +191,15 @@ async fn connections_timeouts_and_room() {
     assert_found(&output, "ok source:", &["statement_timeout = 7200 s"]);
     assert_found(&output, "ok target:", &["data directory: ", " GB free"]);
     assert_found(&output, "", &["pg_wal: ", " GB free"]);
+    // What goes into a tablespace is counted there.
+    let place = pair.target_cluster.dir().join("elsewhere");
+    pair.target_cluster.make_dir("elsewhere");
+    pair.target.exec(&format!("CREATE TABLESPACE elsewhere LOCATION '{}'", place.display())).await;
+    pair.target.exec("ALTER TABLE public.t SET TABLESPACE elsewhere").await;
+    pair.source.exec("INSERT INTO public.t SELECT n, repeat(md5(n::text), 30) FROM generate_series(1, 60000) AS n; ANALYZE public.t").await;
+    let output = doctor(&pair, "public.t", exit::DONE).await;
+    assert_found(&output, "ok target:", &["tablespace elsewhere: ", "at most needed: 0.1 GB"]);
+    assert_found(&output, "ok target:", &["data directory: ", "at most needed: 0.0 GB"]);
     let output = pair
         .sidecar("doctor")
         .args(&["--json", "--table", "public.t", "--workers", "8"])
