@@ -117,8 +117,9 @@ impl Endpoint {
         };
         session.client.batch_execute(&settings(side, role)).await.at(side, "setting up the session")?;
         // Lanes, and whoever waits for them, may have nothing to say for long.
-        session.set_if_known("idle_session_timeout", "0").await?;
-        session.set_if_known("transaction_timeout", &format!("{}s", role.timeouts()[3])).await?;
+        session
+            .set_if_known(&["idle_session_timeout", "transaction_timeout"], &[0, role.timeouts()[3]])
+            .await?;
         if role == Role::Writer {
             // COPY's line numbers are read from messages, which may be translated; only superusers may change that,
             // and without it bad rows are found by bisection alone.
@@ -202,12 +203,14 @@ impl Session {
         row.try_get(0).at(self.side, "asking for the version")
     }
 
-    /// Sets a parameter that only some server versions have.
-    async fn set_if_known(&self, name: &str, value: &str) -> Result<()> {
+    /// Sets timeouts, in seconds, that only some server versions have.
+    async fn set_if_known(&self, names: &[&str], seconds: &[u32]) -> Result<()> {
+        let values: Vec<String> = seconds.iter().map(|seconds| format!("{seconds}s")).collect();
         self.client
             .execute(
-                "SELECT pg_catalog.set_config(name, $2, false) FROM pg_catalog.pg_settings WHERE name = $1",
-                &[&name, &value],
+                "SELECT pg_catalog.set_config(n, v, false) FROM ROWS FROM (unnest($1::text[]), unnest($2::text[])) AS u(n, v) \
+                 WHERE pg_catalog.current_setting(n, true) IS NOT NULL",
+                &[&names, &values],
             )
             .await
             .at(self.side, "setting up the session")?;

@@ -23,8 +23,10 @@ const EXACT_PAGES: i64 = 4096;
 const SAMPLE_PAGES: i64 = 1000;
 /// Pages sampled a chunk.
 const PAGES_PER_CHUNK: i64 = 8;
-/// Most rows a sample may return; beyond it rows are thinned out.
-const SAMPLE_ROWS: f64 = 1_000_000.0;
+/// Rows that a sample of pages may return, a chunk, at least and at most; beyond it rows are thinned out.
+const SAMPLE_ROWS_PER_CHUNK: f64 = 250.0;
+const LEAST_SAMPLE_ROWS: f64 = 5_000.0;
+const MOST_SAMPLE_ROWS: f64 = 1_000_000.0;
 /// Keys taken a chunk from a table that is read whole.
 const KEYS_PER_CHUNK: u64 = 64;
 /// Rows copied out to learn how many bytes the stream takes.
@@ -264,7 +266,8 @@ async fn sampled_keys(
     let pages = SAMPLE_PAGES.max(chunks.saturating_mul(PAGES_PER_CHUNK)).min(extent.pages);
     let share = (pages as f64 / extent.pages as f64).clamp(0.000_000_01, 1.0);
     let rows = pages as f64 * if extent.rows_per_page > 0.0 { extent.rows_per_page } else { 50.0 };
-    let thin = (rows > SAMPLE_ROWS).then(|| SAMPLE_ROWS / rows);
+    let wanted = (chunks as f64 * SAMPLE_ROWS_PER_CHUNK).clamp(LEAST_SAMPLE_ROWS, MOST_SAMPLE_ROWS);
+    let thin = (rows > wanted).then(|| wanted / rows);
     let scale = 1.0 / (share * thin.unwrap_or(1.0));
     let names: Vec<String> = (0..spec.key.len()).map(|i| format!("k{i}")).collect();
     let keys: Vec<String> =

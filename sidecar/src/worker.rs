@@ -169,14 +169,21 @@ impl Worker {
     async fn run(mut self) -> Result<()> {
         let result = self.work().await;
         self.identities.leave(self.id);
-        for session in [self.source.take(), self.target.take()].into_iter().flatten() {
-            session.close().await;
-        }
+        let close = async |session: Option<Session>| {
+            if let Some(session) = session {
+                session.close().await;
+            }
+        };
+        tokio::join!(close(self.source.take()), close(self.target.take()));
         result
     }
 
     async fn work(&mut self) -> Result<()> {
         let crew = self.crew.clone();
+        // Both at once. Whoever needs a session that could not be opened now tries again, patiently.
+        let (source, target) =
+            tokio::join!(crew.source.connect(Role::Reader), crew.target.connect(Role::Writer));
+        (self.source, self.target) = (source.ok(), target.ok());
         let mut idle = pauses();
         let mut paused_told = false;
         while !self.crew.stop.finishing() {
