@@ -186,30 +186,6 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION dedup.migrate_chunk(uuid, text) IS 'migrates one chunk of a source that this database sees, inside the caller''s transaction; a verified chunk is left alone';
 
--- A row may point at one that a later chunk wrote: what foreign keys refused is tried again when the other chunks are done, as long as that makes
--- it fewer (`before`: how many it was the last time).
-CREATE FUNCTION dedup.retry_foreign_keys(run uuid, before bigint) RETURNS bigint
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    refused bigint;
-    chunks text[];
-BEGIN
-    IF (dedup.lock_run(run)).status <> 'running' THEN
-        RETURN before;
-    END IF;
-    SELECT count(*), array_agg(DISTINCT q.chunk_id) INTO refused, chunks
-    FROM dedup.quarantine AS q JOIN dedup.run_tables AS t USING (run_id, table_id)
-    WHERE q.run_id = run AND q.sqlstate = '23503' AND t.source_spec ? 'local';
-    IF refused > 0 AND (before IS NULL OR refused < before) THEN
-        UPDATE dedup.checkpoints AS c SET status = 'pending', not_before = NULL, written_at = NULL
-        WHERE c.run_id = run AND c.chunk_id = ANY (chunks)
-            AND (c.status = 'verified' OR c.status = 'syncing' AND c.written_at IS NOT NULL);
-        PERFORM dedup.log_event(run, NULL, 'foreign_keys_retried', jsonb_build_object('records', refused, 'chunks', cardinality(chunks)));
-    END IF;
-    RETURN refused;
-END $$;
-COMMENT ON FUNCTION dedup.retry_foreign_keys(uuid, bigint) IS 'sets chunks with records that foreign keys refused back to pending, if those are fewer than before; returns how many they are';
-
 -- Commits after every chunk; a chunk that fails is marked so and does not stop the others. What passes by itself (deadlock, serialization, a lock
 -- that is held for long) is tried again; a chunk that a worker took meanwhile is the worker's.
 CREATE PROCEDURE dedup.migrate_run(run uuid) LANGUAGE plpgsql AS $$
@@ -269,7 +245,7 @@ BEGIN
                 PERFORM pg_catalog.pg_sleep(pg_catalog.random() OPERATOR(pg_catalog.*) 0.2::pg_catalog.float8 OPERATOR(pg_catalog.*) attempt::pg_catalog.float8);
             END LOOP;
         END LOOP;
-        unreferenced := dedup.retry_foreign_keys(run, unreferenced);
+        unreferenced := dedup.retry_foreign_keys(run, unreferenced, true);
         COMMIT;
         IF dedup.run_state(run) OPERATOR(pg_catalog.=) 'finished' THEN
             FOR late IN SELECT u FROM dedup.unverified_tables(run) AS u LOOP

@@ -28,6 +28,44 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION dedup.reopen_orphans(uuid) IS 'sets chunks whose dropped duplicates have no survivor left back to pending, and reopens other runs that have such';
 
+-- A row may point at one that a chunk wrote later, in its own table or on a cycle: what foreign keys refused is tried again when the other chunks
+-- are done, as long as that makes it fewer (`before`: how many it was the last time).
+CREATE FUNCTION dedup.retry_foreign_keys(run uuid, before bigint, local bool) RETURNS bigint
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    refused bigint;
+    chunks text[];
+BEGIN
+    IF (dedup.lock_run(run)).status <> 'running' THEN
+        RETURN before;
+    END IF;
+    WITH refusing AS (
+        SELECT q.chunk_id, t.target_id, c.ordinal, count(*) AS records
+        FROM dedup.quarantine AS q JOIN dedup.checkpoints AS c ON c.run_id = q.run_id AND c.chunk_id = q.chunk_id
+        JOIN dedup.run_tables AS t ON t.run_id = c.run_id AND t.table_id = c.table_id
+        WHERE q.run_id = run AND q.sqlstate = '23503' AND (t.source_spec ? 'local') = local GROUP BY 1, 2, 3
+    ), written AS (
+        SELECT t.target_id, max(c.ordinal) AS ordinal FROM dedup.checkpoints AS c
+        JOIN dedup.run_tables AS t ON t.run_id = c.run_id AND t.table_id = c.table_id
+        WHERE c.run_id = run AND c.inserted_count + c.updated_count > 0 GROUP BY 1
+    )
+    SELECT coalesce(sum(r.records), 0), array_agg(r.chunk_id) INTO refused, chunks
+    FROM refusing AS r WHERE EXISTS (
+        SELECT FROM written AS w JOIN dedup.targets AS parent ON parent.target_id = w.target_id JOIN dedup.targets AS child ON child.target_id = r.target_id
+        JOIN pg_constraint AS f ON f.contype = 'f'
+            AND (f.conrelid = child.target OR f.conrelid IN (SELECT p.relid FROM pg_partition_tree(child.target) AS p))
+            AND (f.confrelid = parent.target OR f.confrelid IN (SELECT p.relid FROM pg_partition_tree(parent.target) AS p))
+        WHERE w.ordinal > r.ordinal);
+    IF refused > 0 AND (before IS NULL OR refused < before) THEN
+        UPDATE dedup.checkpoints AS c SET status = 'pending', attempts = 0, not_before = NULL, written_at = NULL
+        WHERE c.run_id = run AND c.chunk_id = ANY (chunks)
+            AND (c.status = 'verified' OR c.status = 'syncing' AND c.written_at IS NOT NULL);
+        PERFORM dedup.log_event(run, NULL, 'foreign_keys_retried', jsonb_build_object('records', refused, 'chunks', cardinality(chunks)));
+    END IF;
+    RETURN refused;
+END $$;
+COMMENT ON FUNCTION dedup.retry_foreign_keys(uuid, bigint, bool) IS 'sets chunks with records that foreign keys refused, and later chunks may have satisfied, back to pending, if those are fewer than before; returns how many they are';
+
 -- Tables of a run with chunks that were written and not read back.
 CREATE FUNCTION dedup.unverified_tables(run uuid) RETURNS SETOF int
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$

@@ -159,6 +159,7 @@ async fn work_to_the_end(job: &Job, ends: &mut Ends, run: &Run, stop: &Stop) -> 
     let mut targets: Vec<TableName> = tables.values().map(|table| table.target.clone()).collect();
     targets.sort();
     targets.dedup();
+    let mut unreferenced = None;
     loop {
         work_chunks(job, ends, run, tables.clone(), stop).await?;
         ends.revive().await?;
@@ -166,6 +167,10 @@ async fn work_to_the_end(job: &Job, ends: &mut Ends, run: &Run, stop: &Stop) -> 
             return Ok(());
         }
         if !open(&ends.admin, run.run_id).await? {
+            unreferenced = finish::retry_foreign_keys(&ends.admin, run.run_id, unreferenced).await?;
+            if open(&ends.admin, run.run_id).await? {
+                continue;
+            }
             finish::verify_written(&ends.admin, run.run_id, stop).await?;
             if stop.finishing() {
                 return Ok(());

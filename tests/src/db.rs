@@ -1,5 +1,7 @@
 //! SQL over one connection.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use futures_util::{SinkExt, TryStreamExt};
 use tokio::task::JoinHandle;
@@ -72,6 +74,17 @@ impl Db {
     /// The single value of a query.
     pub async fn one<T: FromSqlOwned>(&self, sql: &str) -> T {
         self.value(sql, &[]).await
+    }
+
+    /// Waits until a condition is true; panics when it has not come true within half a minute.
+    pub async fn wait_until(&self, condition: &str) {
+        for _ in 0..3_000 {
+            if self.one(&format!("SELECT {condition}")).await {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("never came true: {condition}");
     }
 
     /// All rows of a query, every value as text.

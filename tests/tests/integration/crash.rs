@@ -40,16 +40,6 @@ async fn verified(target: &Db) -> BTreeSet<String> {
     target.column(&sql).await.into_iter().collect()
 }
 
-async fn wait_until(target: &Db, condition: &str) {
-    for _ in 0..3_000 {
-        if target.one(&format!("SELECT {condition}")).await {
-            return;
-        }
-        sleep(Duration::from_millis(10)).await;
-    }
-    panic!("never came true: {condition}");
-}
-
 /// At least `count` chunks are verified.
 fn verified_chunks(count: i64) -> String {
     format!("(SELECT count(*) >= {count} FROM dedup.checkpoints WHERE status = 'verified')")
@@ -107,13 +97,13 @@ killed_at! {
 async fn killed_from_outside_with_chunks_verified() {
     let pair = narrow_pair(40_000).await;
     let sidecar = run(&pair).spawn();
-    wait_until(&pair.target, "EXISTS (SELECT FROM dedup.runs)").await;
-    wait_until(&pair.target, &verified_chunks(3)).await;
+    pair.target.wait_until("EXISTS (SELECT FROM dedup.runs)").await;
+    pair.target.wait_until(&verified_chunks(3)).await;
     sidecar.kill();
     sidecar.finish().await;
     shorten_leases(&pair.target).await;
     let sidecar = pair.resume().workers(2).spawn();
-    wait_until(&pair.target, &verified_chunks(8)).await;
+    pair.target.wait_until(&verified_chunks(8)).await;
     sidecar.kill();
     sidecar.finish().await;
     let before = verified(&pair.target).await;
@@ -125,7 +115,7 @@ async fn killed_from_outside_with_chunks_verified() {
 async fn interrupted_by_ctrl_c() {
     let pair = narrow_pair(40_000).await;
     let sidecar = run(&pair).spawn();
-    wait_until(&pair.target, &verified_chunks(2)).await;
+    pair.target.wait_until(&verified_chunks(2)).await;
     sidecar.interrupt();
     let output = sidecar.finish().await;
     assert_eq!(output.code, Some(130), "{}", output.describe());
@@ -162,7 +152,7 @@ async fn survives_server_crash(mut pair: Pair, sidecar: integration::sidecar::Si
 async fn server_killed_between_chunks() {
     let pair = narrow_pair(40_000).await;
     let sidecar = run(&pair).spawn();
-    wait_until(&pair.target, &verified_chunks(3)).await;
+    pair.target.wait_until(&verified_chunks(3)).await;
     survives_server_crash(pair, sidecar).await;
 }
 
@@ -180,11 +170,11 @@ async fn server_killed_in_the_middle_of_copy() {
     let holder = pair.target_again().await;
     holder.exec("SELECT pg_advisory_lock(42)").await;
     let sidecar = run(&pair).spawn();
-    wait_until(
-        &pair.target,
-        "EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND objid = 42 AND NOT granted)",
-    )
-    .await;
+    pair.target
+        .wait_until(
+            "EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND objid = 42 AND NOT granted)",
+        )
+        .await;
     survives_server_crash(pair, sidecar).await;
 }
 
@@ -194,14 +184,14 @@ async fn server_killed_in_finish() {
     let pair = narrow_pair(60_000).await;
     let holder = pair.target_again().await;
     let sidecar = run(&pair).spawn();
-    wait_until(&pair.target, "EXISTS (SELECT FROM dedup.runs)").await;
-    wait_until(&pair.target, &verified_chunks(1)).await;
+    pair.target.wait_until("EXISTS (SELECT FROM dedup.runs)").await;
+    pair.target.wait_until(&verified_chunks(1)).await;
     holder.exec("BEGIN; LOCK TABLE dedup.segment IN SHARE MODE").await;
-    wait_until(
-        &pair.target,
-        "EXISTS (SELECT FROM pg_locks WHERE relation = 'dedup.segment'::regclass AND NOT granted)",
-    )
-    .await;
+    pair.target
+        .wait_until(
+            "EXISTS (SELECT FROM pg_locks WHERE relation = 'dedup.segment'::regclass AND NOT granted)",
+        )
+        .await;
     survives_server_crash(pair, sidecar).await;
 }
 

@@ -1,12 +1,9 @@
 //! Ways in which a run comes to rest before its end: interrupted twice, and a full disk.
 
-use std::time::Duration;
-
 use integration::check::{Table, assert_first_run};
 use integration::data::{Content, NARROW_COLUMNS, NARROW_CONTENT, narrow_rows, narrow_table};
 use integration::pair::Pair;
 use integration::sidecar::{exit, failpoint};
-use tokio::time::sleep;
 
 const RECORDS: Table<'_> = Table {
     source: "public.records",
@@ -63,13 +60,7 @@ async fn a_full_disk_pauses_the_run() {
     let mut sidecar = pair.run(&["public.records"]).workers(2).chunk_size("200kB").spawn();
     // Every worker that met the full disk has given its chunk back: whoever did so later would pause the run once more.
     sidecar.wait_for("dedup.resume_run").await;
-    while pair
-        .target
-        .one::<bool>("SELECT EXISTS (SELECT FROM dedup.checkpoints WHERE status = 'syncing')")
-        .await
-    {
-        sleep(Duration::from_millis(10)).await;
-    }
+    pair.target.wait_until("NOT EXISTS (SELECT FROM dedup.checkpoints WHERE status = 'syncing')").await;
     let state = pair.target.texts("SELECT status FROM dedup.runs").await;
     assert_eq!(state, [[Some("paused".to_owned())]]);
     assert_eq!(pair.target.one::<i64>("SELECT count(*) FROM public.records").await, 0);

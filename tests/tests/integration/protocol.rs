@@ -10,7 +10,6 @@ use integration::db::{Db, describe, sqlstate};
 use integration::protocol::{
     DUPLICATE, NEW, PENDING, Record, TABLE, Worker, content_digest, create_run, row_digest,
 };
-use tokio::time::sleep;
 use tokio_postgres::Error;
 use uuid::Uuid;
 
@@ -44,17 +43,7 @@ impl Bench {
 
     /// Waits until a backend waits for another's transaction.
     async fn until_waiting(&self, pid: i32) {
-        for _ in 0..1_000 {
-            let waits: bool = self
-                .db
-                .value("SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted)", &[&pid])
-                .await;
-            if waits {
-                return;
-            }
-            sleep(Duration::from_millis(10)).await;
-        }
-        panic!("backend {pid} never waited");
+        self.db.wait_until(&format!("EXISTS (SELECT FROM pg_locks WHERE pid = {pid} AND NOT granted)")).await;
     }
 
     async fn rows(&self) -> i64 {

@@ -29,16 +29,6 @@ async fn migrate(db: &Db, source: &str, target: &str) {
     );
 }
 
-async fn wait_until(db: &Db, condition: &str) {
-    for _ in 0..2_000 {
-        if db.one(&format!("SELECT {condition}")).await {
-            return;
-        }
-        sleep(Duration::from_millis(10)).await;
-    }
-    panic!("never came true: {condition}");
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_partition_that_came_later_is_guarded_too() {
     let pair = Pair::start().await;
@@ -134,7 +124,7 @@ async fn migrate_run_leaves_a_workers_chunk_alone() {
     let session = pair.target_again().await;
     let call = format!("CALL dedup.migrate_run('{run}')");
     let running = tokio::spawn(async move { session.exec(&call).await });
-    wait_until(db, "EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND objid = 7 AND NOT granted)")
+    db.wait_until("EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND objid = 7 AND NOT granted)")
         .await;
     let worker = pair.target_again().await;
     let taken: String =
@@ -244,14 +234,14 @@ async fn what_logical_replication_applies_cools_the_filter() {
         pair.target_cluster.port()
     ))
     .await;
-    wait_until(&copy, "(SELECT bool_and(srsubstate = 'r') FROM pg_subscription_rel)").await;
+    copy.wait_until("(SELECT bool_and(srsubstate = 'r') FROM pg_subscription_rel)").await;
     copy.exec("SELECT dedup.warm_filter()").await;
     assert!(copy.one::<bool>("SELECT warm FROM dedup.filter_stats()").await);
     migrate(db, "raw", "dst").await;
-    wait_until(&copy, "EXISTS (SELECT FROM dedup.segment_block)").await;
+    copy.wait_until("EXISTS (SELECT FROM dedup.segment_block)").await;
     assert!(!copy.one::<bool>("SELECT warm FROM dedup.filter_stats()").await);
     db.exec("SELECT dedup.forget_target('dst')").await;
-    wait_until(&copy, "NOT EXISTS (SELECT FROM dedup.segment_block)").await;
+    copy.wait_until("NOT EXISTS (SELECT FROM dedup.segment_block)").await;
     copy.exec("ALTER SUBSCRIPTION state DISABLE; ALTER SUBSCRIPTION state SET (slot_name = NONE)").await;
 }
 
@@ -437,7 +427,7 @@ async fn two_runs_cannot_take_one_target_at_once() {
     let add = format!("SELECT dedup.add_table('{}', 'public.raw', 'dst')", runs[1]);
     let second = tokio::spawn(async move { other.try_exec(&add).await });
     let watch = pair.target_again().await;
-    wait_until(&watch, "EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted)").await;
+    watch.wait_until("EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted)").await;
     db.exec("COMMIT").await;
     let error = second.await.expect("the session's task").expect_err("both took the target");
     assert_eq!(sqlstate(&error), "55006", "{}", describe(&error));

@@ -267,6 +267,37 @@ async fn a_table_that_references_itself() {
     assert_eq!(aside, ["id=10 23503"]);
 }
 
+/// A chunk that waited in vain while others were in flight is done again when those are done.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_foreign_key_into_a_chunk_in_flight() {
+    let pair = Pair::start().await;
+    let columns = "id int PRIMARY KEY, parent int, note text";
+    pair.source
+        .exec(&format!(
+            "CREATE TABLE public.nodes ({columns}); \
+             INSERT INTO public.nodes SELECT n, CASE WHEN n = 1 THEN 1000 END, 'node ' || n FROM generate_series(1, 1000) AS n; \
+             ANALYZE public.nodes"
+        ))
+        .await;
+    pair.target
+        .exec(&format!(
+            "CREATE TABLE public.nodes ({columns}, FOREIGN KEY (parent) REFERENCES public.nodes); \
+             CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS \
+             $$ BEGIN IF NEW.id = 1000 THEN PERFORM pg_advisory_xact_lock_shared(42); END IF; RETURN NEW; END $$; \
+             CREATE TRIGGER hold BEFORE INSERT ON public.nodes FOR EACH ROW EXECUTE FUNCTION hold()"
+        ))
+        .await;
+    let holder = pair.target_again().await;
+    holder.exec("SELECT pg_advisory_lock(42)").await;
+    let sidecar = pair.run(&["public.nodes"]).workers(2).chunk_size("10kB").spawn();
+    pair.target.wait_until("EXISTS (SELECT FROM dedup.quarantine WHERE sqlstate = '23503')").await;
+    holder.exec("SELECT pg_advisory_unlock(42)").await;
+    let output = sidecar.finish().await;
+    assert_eq!(output.code, Some(exit::DONE), "{}", output.describe());
+    assert_books(&pair.target, Books { source: 1_000, inserted: 1_000, ..Books::default() }).await;
+    assert_eq!(pair.target.one::<i64>("SELECT count(*) FROM public.nodes WHERE parent = 1000").await, 1);
+}
+
 const LOG: Table<'_> =
     Table { source: "public.log", target: "public.log", content: &["at", "line"], columns: &["at", "line"] };
 
