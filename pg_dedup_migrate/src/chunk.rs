@@ -286,6 +286,7 @@ fn begin_chunk(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool, ErrorRepo
 /// # Errors
 /// As there.
 pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
+    crate::malloc::keep_freed_memory();
     shmem::attached()?;
     // SAFETY: a backend's own setting.
     if unsafe { pg_sys::XactIsoLevel } != pg_sys::XACT_READ_COMMITTED as i32 {

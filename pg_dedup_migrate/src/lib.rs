@@ -27,6 +27,7 @@ mod keyset;
 mod ledger;
 mod local;
 mod lookup;
+mod malloc;
 mod matching;
 mod orphans;
 #[cfg(test)]
