@@ -141,15 +141,15 @@ BEGIN
         RAISE EXCEPTION 'cannot requeue %', coalesce(quote_literal(what), 'NULL') USING ERRCODE = 'invalid_parameter_value',
             HINT = 'What is ''failed'' or ''quarantined''.';
     END IF;
-    IF r.status NOT IN ('running', 'paused', 'failed', 'done') THEN
+    IF r.status NOT IN ('running', 'paused', 'failed', 'done', 'reconciled') THEN
         RAISE EXCEPTION 'run % is %', run, r.status USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
     UPDATE dedup.checkpoints AS c SET status = 'pending', attempts = 0, not_before = NULL, written_at = NULL
     WHERE c.run_id = run AND (chunk IS NULL OR c.chunk_id = chunk)
         AND CASE what WHEN 'failed' THEN c.status = 'failed' ELSE c.status = 'verified' AND c.quarantined_count > 0 END;
     GET DIAGNOSTICS n = ROW_COUNT;
-    IF n > 0 AND r.status IN ('failed', 'done') THEN
-        PERFORM dedup.set_run_status(run, '{failed,done}', 'running', 'run_resumed');
+    IF n > 0 AND r.status IN ('failed', 'done', 'reconciled') THEN
+        PERFORM dedup.set_run_status(run, '{failed,done,reconciled}', 'running', 'run_resumed');
     END IF;
     PERFORM dedup.log_event(run, chunk, 'requeued', jsonb_build_object('what', what, 'chunks', n));
     RETURN n;

@@ -2,17 +2,13 @@
 //!
 //! One transaction writes the merged segment and deletes the old ones: every snapshot sees all of the old or the new one. Entries keep their
 //! ordinals, so a run's entries can still be told apart. Nothing is dropped here: a tombstone stays, with what it covers.
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
-
-use pg_dedup_record::block::{Entry, Stamp};
-use pg_dedup_record::digest::Digest;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
 use crate::error::Result;
+use crate::merge::Merge;
 use crate::relation::{Access, Snapshot, Table};
-use crate::segment::{self, BlockReader, Segment, SegmentWriter};
+use crate::segment::{self, Segment, SegmentWriter};
 
 /// Segments of one level that are merged into one of the next.
 const FAN_OUT: usize = 32;
@@ -58,81 +54,12 @@ fn due(segments: &[Segment]) -> Option<i32> {
     (0..=highest).find(|&level| segments.iter().filter(|s| s.level == level).count() >= FAN_OUT)
 }
 
-/// An entry at the head of its segment, ordered as segments are. Its key stays in the source's buffer.
-#[derive(PartialEq, Eq, PartialOrd, Ord)]
-struct Head {
-    digest: Digest,
-    ordinal: u64,
-    tombstone: bool,
-    source: usize,
-    row_digest: [u8; 8],
-    key: (usize, usize),
-}
-
-/// One segment being read; memory: the entries of one block.
-struct Source<'a> {
-    reader: BlockReader<'a>,
-    number: usize,
-    /// The block's entries, last first.
-    heads: Vec<Head>,
-    /// Their keys, one behind the other.
-    keys: Vec<u8>,
-}
-
-impl Source<'_> {
-    /// The next entry. What the one before it says of its key is no longer true then.
-    fn next(&mut self) -> Result<Option<Head>> {
-        if let Some(head) = self.heads.pop() {
-            return Ok(Some(head));
-        }
-        self.keys.clear();
-        while self.heads.is_empty() {
-            pgrx::check_for_interrupts!();
-            let Some(view) = self.reader.next()? else { return Ok(None) };
-            for i in 0..view.len() {
-                let entry = view.entry(i);
-                let start = self.keys.len();
-                self.keys.extend_from_slice(entry.key);
-                self.heads.push(Head {
-                    digest: entry.digest,
-                    ordinal: entry.stamp.ordinal,
-                    tombstone: entry.stamp.tombstone,
-                    source: self.number,
-                    row_digest: entry.row_digest,
-                    key: (start, self.keys.len()),
-                });
-            }
-            self.heads.reverse();
-        }
-        Ok(self.heads.pop())
-    }
-}
-
 fn merge(target_id: i32, level: i32, old: &[&Segment], snapshot: &Snapshot) -> Result<()> {
     let read = Table::open("segment_block", Access::Read)?;
     let blocks = Table::open("segment_block", Access::Insert)?;
     let segments = Table::open("segment", Access::Insert)?;
     let mut writer = SegmentWriter::new(&blocks, target_id, level)?;
-    let mut sources = Vec::with_capacity(old.len());
-    let mut heads = BinaryHeap::with_capacity(old.len());
-    for (number, segment) in old.iter().enumerate() {
-        let mut reader = BlockReader::new(&read, snapshot)?;
-        reader.start(segment.id);
-        let mut source = Source { reader, number, heads: Vec::new(), keys: Vec::new() };
-        heads.extend(source.next()?.map(Reverse));
-        sources.push(source);
-    }
-    while let Some(mut first) = heads.peek_mut() {
-        let Reverse(head) = &*first;
-        let source = &mut sources[head.source];
-        let stamp = Stamp { ordinal: head.ordinal, tombstone: head.tombstone };
-        let key = &source.keys[head.key.0..head.key.1];
-        writer.push(&Entry { digest: head.digest, stamp, row_digest: head.row_digest, key })?;
-        match source.next()? {
-            Some(next) => *first = Reverse(next),
-            None => drop(std::collections::binary_heap::PeekMut::pop(first)),
-        }
-    }
+    Merge::new(&read, old.iter().copied(), snapshot)?.for_each(|entry| writer.push(entry))?;
     writer.finish(&segments)?;
     Ok(())
 }

@@ -25,7 +25,7 @@ pub fn qualified_name(relation: pg_sys::Oid) -> String {
     }
 }
 
-/// A hash that tells keys apart within one call; it is never stored.
+/// A hash that tells keys apart, within one call or one pass over the data; it is kept no longer than that.
 pub fn hash_of(parts: &[&[u8]]) -> u64 {
     let mut hasher = DefaultHasher::new();
     parts.iter().for_each(|part| hasher.write(part));

@@ -29,11 +29,14 @@ mod local;
 mod lookup;
 mod malloc;
 mod matching;
+mod merge;
 mod orphans;
+mod passes;
 #[cfg(test)]
 pub mod pg_test;
 mod planning;
 mod protocol;
+mod reconcile;
 mod relation;
 mod segment;
 mod shmem;
@@ -68,6 +71,16 @@ extension_sql_file!(
     "../../sql/50_complete.sql",
     name = "complete",
     requires = ["runs", index::key_text, orphans::orphans]
+);
+extension_sql_file!(
+    "../../sql/55_reconcile.sql",
+    name = "reconcile",
+    requires = [
+        "complete",
+        reconcile::reconcile_chunk,
+        reconcile::reconcile_local_chunks,
+        reconcile::settle_reconcile
+    ]
 );
 extension_sql_file!(
     "../../sql/60_maintenance.sql",

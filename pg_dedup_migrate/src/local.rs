@@ -17,7 +17,7 @@ use crate::claim;
 use crate::copy;
 use crate::error::{Error, Result};
 use crate::finish::{self, Books};
-use crate::hash::rows;
+use crate::hash::rows::{self, View};
 use crate::keyset::quote_literal;
 use crate::matching;
 use crate::upsert;
@@ -56,7 +56,7 @@ fn run_chunk(run: Uuid, chunk_id: &str) -> Result<(), ErrorReport> {
 fn migrate(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<()> {
     let occupied = chunk::begin(run, chunk_id, lease)?;
     chunk::with_open(run, chunk_id, |chunk| {
-        let batch = read(chunk)?;
+        let batch = read(chunk.run, chunk_id, &chunk.layout, chunk.keyless(), View::Latest)?;
         let mut writer = Writer { fold: Fold::new(&batch, chunk.keyless())?, batch: &batch, chunk };
         writer.settle(occupied)?;
         let Writer { fold, chunk, .. } = writer;
@@ -73,14 +73,17 @@ fn migrate(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<()> {
     })
 }
 
-/// Reads the chunk's records, each as the tuple that a binary COPY of the source would send.
-fn read(chunk: &OpenChunk) -> Result<Batch> {
+/// Reads a chunk's records, each as the tuple that a binary COPY of the source would send.
+///
+/// # Errors
+/// Whatever the source's query raises; XX001 for what cannot be read of the run.
+pub fn read(run: Uuid, chunk_id: &str, layout: &Layout, keyless: bool, view: View) -> Result<Batch> {
     let (spec, kind, lower, upper) = Spi::connect(|client| -> Result<_> {
         let found = client.select(
             "SELECT t.source_spec, c.range_kind, c.range_lower, c.range_upper \
              FROM dedup.checkpoints AS c JOIN dedup.run_tables AS t USING (run_id, table_id) WHERE c.run_id = $1 AND c.chunk_id = $2",
             Some(1),
-            &[chunk.run.into(), chunk.chunk_id.as_str().into()],
+            &[run.into(), chunk_id.into()],
         )?;
         let row = found.into_iter().next().ok_or_else(|| Error::corrupted("the checkpoint is gone"))?;
         let JsonB(spec) = required(row["source_spec"].value()?)?;
@@ -96,10 +99,10 @@ fn read(chunk: &OpenChunk) -> Result<Batch> {
     let query = spec.query(&kind, lower.as_deref(), upper.as_deref());
     let unreadable =
         |e: pg_dedup_record::BatchError| Error::corrupted(format!("a record of the source: {e}"));
-    let mut builder = BatchBuilder::new(&chunk.layout, chunk.keyless());
+    let mut builder = BatchBuilder::new(layout, keyless);
     builder.push(pgcopy::header()).map_err(unreadable)?;
     let mut tuple = Vec::new();
-    rows::scan(&query, &[], &chunk.layout, 0, |row| {
+    rows::scan_in(view, &query, &[], layout, 0, |row| {
         tuple.clear();
         row.write_tuple(&mut tuple)?;
         builder.push(&tuple).map_err(unreadable)

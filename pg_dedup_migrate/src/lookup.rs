@@ -23,8 +23,22 @@ pub struct Place {
     pub ordinal: u64,
     /// Says that the digest no longer stands there.
     pub tombstone: bool,
+    /// Beginning of the row's digest.
+    pub row_digest: [u8; Digest::SHORT_LEN],
     /// Packed key of the row.
     pub key: Vec<u8>,
+}
+
+impl Place {
+    /// What an entry says.
+    pub fn of(entry: &Entry<'_>) -> Self {
+        Self {
+            ordinal: entry.stamp.ordinal,
+            tombstone: entry.stamp.tombstone,
+            row_digest: entry.row_digest,
+            key: entry.key.to_vec(),
+        }
+    }
 }
 
 /// Calls `hit(i, entry)` for entries of `digests[i]`, for every `i` in `wanted` (ascending), in segments that hold `oldest` or a later ordinal. `Break` from `hit` settles that digest: its
@@ -202,11 +216,7 @@ pub fn places_since(
 ) -> Result<Vec<(u32, Vec<Place>)>> {
     let mut all: std::collections::BTreeMap<u32, Vec<Place>> = std::collections::BTreeMap::new();
     for_each_hit(target, digests, wanted, oldest, snapshot, |i, entry| {
-        all.entry(i).or_default().push(Place {
-            ordinal: entry.stamp.ordinal,
-            tombstone: entry.stamp.tombstone,
-            key: entry.key.to_vec(),
-        });
+        all.entry(i).or_default().push(Place::of(entry));
         Ok(ControlFlow::Continue(()))
     })?;
     let mut all: Vec<(u32, Vec<Place>)> = all.into_iter().collect();
@@ -219,7 +229,7 @@ pub fn places_since(
 }
 
 /// Keeps of each key the last word, unless it is a tombstone. Of equal ordinals the entry is it: the row was rewritten with the same content.
-fn keep_standing(places: &mut Vec<Place>) {
+pub fn keep_standing(places: &mut Vec<Place>) {
     places.sort_unstable_by(|a, b| (&a.key, a.ordinal, !a.tombstone).cmp(&(&b.key, b.ordinal, !b.tombstone)));
     // From behind, so that the last of each key is met first.
     places.reverse();

@@ -99,6 +99,12 @@ impl Snapshot {
         };
         Self { raw }
     }
+
+    /// The snapshot of the statement that is being executed.
+    pub fn of_statement() -> Self {
+        // SAFETY: in a statement, as every SQL function is, so there is an active snapshot.
+        Self { raw: unsafe { pg_sys::RegisterSnapshot(pg_sys::GetActiveSnapshot()) } }
+    }
 }
 
 impl Drop for Snapshot {

@@ -11,15 +11,16 @@ use std::collections::BTreeMap;
 use pg_dedup_record::block::{Entry, Stamp};
 use pg_dedup_record::checksum::Checksum;
 use pg_dedup_record::digest::Digest;
+use pgrx::Uuid;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
-use pgrx::{Uuid, pg_sys};
 
 use crate::chunk::required;
 use crate::error::{Error, Result};
 use crate::hash::rows;
 use crate::index::Target;
 use crate::keyset::{column_list, hash_of, qualified_name};
+use crate::passes::Passes;
 use crate::relation::{Access, Snapshot, Table};
 use crate::segment::{self, BlockReader, Segment, SegmentWriter, next_number};
 
@@ -180,20 +181,13 @@ fn compare(run: Uuid, target: &Target, waiting: &mut Waiting) -> Result<()> {
         .filter(|s| s.last_ordinal >= oldest)
         .collect();
     let most: usize = segments.iter().map(|s| s.blocks as usize * ENTRIES_PER_BLOCK).sum();
-    // SAFETY: a setting of this backend, in kB.
-    let memory = unsafe { pg_sys::maintenance_work_mem } as usize * 1024;
-    let passes = (most * size_of::<Expected>()).div_ceil(memory.max(1)).clamp(1, 1 << 16) as u64;
     let blocks = Table::open("segment_block", Access::Read)?;
     let mut reader = BlockReader::new(&blocks, &snapshot)?;
-    for pass in 0..passes {
-        let of_this_pass = |digest: &[u8; 32]| {
-            let leading = u64::from(u32::from_be_bytes([digest[0], digest[1], digest[2], digest[3]]));
-            (leading * passes) >> 32 == pass
-        };
+    for pass in Passes::of(most, size_of::<Expected>()).each() {
         let mut expected = Vec::new();
         for segment in &segments {
             segment::for_each_entry(&mut reader, segment.id, |entry| {
-                if entry.stamp.ordinal >= oldest as u64 && of_this_pass(entry.digest.as_bytes()) {
+                if entry.stamp.ordinal >= oldest as u64 && pass.has(entry.digest.as_bytes()) {
                     expected.push(Expected {
                         digest: *entry.digest.as_bytes(),
                         key: hash_of(&[entry.key]),

@@ -10,11 +10,13 @@ use bytes::Bytes;
 
 use crate::canonical::CanonicalError;
 use crate::checksum::Checksum;
+use crate::digest::Digest;
 pub use crate::groups::Groups;
 use crate::key::{self, KeyError};
 use crate::layout::Layout;
 use crate::pgcopy::{self, PgcopyError, Scanned, TupleScanner};
 use crate::record::{RecordDigests, RecordHasher};
+use crate::wire::{RecordEntry, WireError};
 
 /// A stream that is not what its layout says, or a row without a key.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -50,6 +52,9 @@ pub enum BatchError {
     /// Key bytes cannot be made.
     #[error(transparent)]
     Key(#[from] KeyError),
+    /// Keys cannot be packed.
+    #[error(transparent)]
+    Wire(#[from] WireError),
 }
 
 /// Takes a binary COPY stream in pieces of any size and hashes every tuple when it is complete.
@@ -290,6 +295,25 @@ impl Batch {
         let columns: Vec<&[u8]> =
             self.key.iter().map(|&column| key_column(row, i, column)).collect::<Result<_, _>>()?;
         Ok(key::encode(&columns, out)?)
+    }
+
+    /// Every record's digests and key, packed for reconciliation.
+    ///
+    /// # Errors
+    /// If a key is too long to be one.
+    pub fn packed_records(&self) -> Result<Vec<u8>, BatchError> {
+        let mut packed = Vec::with_capacity(self.len() * (2 * Digest::LEN + 16));
+        let mut key = Vec::new();
+        for (i, digests) in self.digests.iter().enumerate() {
+            key.clear();
+            let key = match self.key_into(i, &mut key) {
+                Ok(()) => Some(&*key),
+                Err(BatchError::NullKey { .. }) => None,
+                Err(error) => return Err(error),
+            };
+            RecordEntry { content: digests.content, row: digests.row, key }.encode(&mut packed)?;
+        }
+        Ok(packed)
     }
 
     /// Sum of all row digests.

@@ -6,6 +6,7 @@
 //! keys         u32 length, key bytes
 //! manifest     digest[32] · row digest[8] · u32 length, key bytes      strictly ascending by digest
 //! ledger       digest[32] · u32 length, source key bytes               by digest, then key bytes
+//! records      content digest[32] · row digest[32] · u32 length, key bytes; length 2^32 - 1: a key column is null     in any order
 //! ```
 //!
 //! Decoding checks order and length as it goes. An iterator ends after its first error.
@@ -55,6 +56,38 @@ pub struct LedgerEntry<'a> {
     pub key: &'a [u8],
 }
 
+/// A record of the source, as reconciliation compares it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RecordEntry<'a> {
+    /// Content digest.
+    pub content: Digest,
+    /// Row digest.
+    pub row: Digest,
+    /// Key bytes; empty for a keyless table, `None` where a key column is null.
+    pub key: Option<&'a [u8]>,
+}
+
+/// Stands for the length of a key that is not there.
+const NO_KEY: u32 = u32::MAX;
+
+impl RecordEntry<'_> {
+    /// Appends the packed entry to `out`.
+    ///
+    /// # Errors
+    /// [`WireError::KeyTooLong`]; `out` is then unchanged.
+    pub fn encode(&self, out: &mut Vec<u8>) -> Result<(), WireError> {
+        let length = match self.key {
+            Some(key) => key_length(key)?,
+            None => NO_KEY.to_be_bytes(),
+        };
+        out.extend_from_slice(&self.content.0);
+        out.extend_from_slice(&self.row.0);
+        out.extend_from_slice(&length);
+        out.extend_from_slice(self.key.unwrap_or_default());
+        Ok(())
+    }
+}
+
 impl ManifestEntry<'_> {
     /// Appends the packed entry to `out`.
     ///
@@ -95,7 +128,8 @@ pub fn encode_key(key: &[u8], out: &mut Vec<u8>) -> Result<(), WireError> {
 }
 
 fn key_length(key: &[u8]) -> Result<[u8; 4], WireError> {
-    let length = u32::try_from(key.len()).map_err(|_| WireError::KeyTooLong(key.len()))?;
+    let too_long = WireError::KeyTooLong(key.len());
+    let length = u32::try_from(key.len()).ok().filter(|&length| length != NO_KEY).ok_or(too_long)?;
     Ok(length.to_be_bytes())
 }
 
@@ -143,6 +177,35 @@ pub fn manifest(data: &[u8]) -> Manifest<'_> {
 /// The entries of a packed ledger.
 pub fn ledger(data: &[u8]) -> Ledger<'_> {
     Ledger { reader: Reader { list: "ledger", rest: data, entry: 0 }, last: None }
+}
+
+/// The entries of a packed list of records.
+pub fn records(data: &[u8]) -> Records<'_> {
+    Records { reader: Reader { list: "record list", rest: data, entry: 0 } }
+}
+
+/// Iterator of [`records`].
+#[derive(Debug, Clone)]
+pub struct Records<'a> {
+    reader: Reader<'a>,
+}
+
+impl<'a> Iterator for Records<'a> {
+    type Item = Result<RecordEntry<'a>, WireError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.reader.entry(|reader| {
+            let (content, row) = (Digest(reader.array()?), Digest(reader.array()?));
+            let key = match reader.rest.first_chunk::<4>() {
+                Some(length) if u32::from_be_bytes(*length) == NO_KEY => {
+                    reader.array::<4>()?;
+                    None
+                }
+                _ => Some(reader.key()?),
+            };
+            Ok(RecordEntry { content, row, key })
+        })
+    }
 }
 
 /// Iterator of [`keys`].
@@ -212,6 +275,7 @@ impl<'a> Iterator for Ledger<'a> {
 impl std::iter::FusedIterator for Keys<'_> {}
 impl std::iter::FusedIterator for Manifest<'_> {}
 impl std::iter::FusedIterator for Ledger<'_> {}
+impl std::iter::FusedIterator for Records<'_> {}
 
 /// Reads a packed list front to back.
 #[derive(Debug, Clone)]

@@ -36,6 +36,30 @@ pub fn scan(
     params: &[DatumWithOid<'_>],
     layout: &Layout,
     trailing: usize,
+    on_row: impl FnMut(RowView<'_>) -> Result<()>,
+) -> Result<u64> {
+    scan_in(View::Latest, query, params, layout, trailing, on_row)
+}
+
+/// Which rows a scan sees.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum View {
+    /// What is there now, as the isolation level allows, this command's own work included.
+    Latest,
+    /// What the statement that is being executed sees: several scans of one statement see the same. The query cannot lock rows.
+    Statement,
+}
+
+/// [`scan`] in a view of one's choice.
+///
+/// # Errors
+/// As [`scan`].
+pub fn scan_in(
+    view: View,
+    query: &str,
+    params: &[DatumWithOid<'_>],
+    layout: &Layout,
+    trailing: usize,
     mut on_row: impl FnMut(RowView<'_>) -> Result<()>,
 ) -> Result<u64> {
     layout.validate().map_err(|error| Error::invalid(error.to_string()))?;
@@ -58,7 +82,7 @@ pub fn scan(
         failure: None,
     };
     // SAFETY: the receiver begins with its DestReceiver and outlives the execution.
-    let executed = unsafe { session.execute(&text, params, (&raw mut receiver).cast()) };
+    let executed = unsafe { session.execute(&text, params, view, (&raw mut receiver).cast()) };
     let Receiver { reader, rows, failure, .. } = receiver;
     let started = reader.is_some();
     drop(reader);
@@ -332,6 +356,7 @@ impl SpiSession {
         &self,
         query: &CStr,
         params: &[DatumWithOid<'_>],
+        view: View,
         receiver: *mut pg_sys::DestReceiver,
     ) -> Result<()> {
         let mut types: Vec<Oid> = params.iter().map(DatumWithOid::oid).collect();
@@ -343,8 +368,8 @@ impl SpiSession {
         }
         let options = pg_sys::SPIExecuteOptions {
             params: param_list(params),
-            // A fresh snapshot, after CommandCounterIncrement.
-            read_only: false,
+            // Not read-only: a fresh snapshot, after CommandCounterIncrement.
+            read_only: view == View::Statement,
             allow_nonatomic: false,
             must_return_tuples: true,
             tcount: 0,

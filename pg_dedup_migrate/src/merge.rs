@@ -1,0 +1,111 @@
+//! Segments read side by side, in order of digest and ordinal.
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::collections::binary_heap::PeekMut;
+
+use pg_dedup_record::block::{Entry, Stamp};
+use pg_dedup_record::digest::Digest;
+
+use crate::error::Result;
+use crate::relation::{Snapshot, Table};
+use crate::segment::{BlockReader, Segment};
+
+/// An entry at the head of its segment, ordered as segments are. Its key stays in the source's buffer.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Head {
+    digest: Digest,
+    ordinal: u64,
+    tombstone: bool,
+    source: usize,
+    row_digest: [u8; Digest::SHORT_LEN],
+    key: (usize, usize),
+}
+
+/// One segment being read; memory: the entries of one block.
+struct Source<'a> {
+    reader: BlockReader<'a>,
+    number: usize,
+    /// The block's entries, last first.
+    heads: Vec<Head>,
+    /// Their keys, one behind the other.
+    keys: Vec<u8>,
+}
+
+impl Source<'_> {
+    /// The next entry. What the one before it says of its key is no longer true then.
+    fn next(&mut self) -> Result<Option<Head>> {
+        if let Some(head) = self.heads.pop() {
+            return Ok(Some(head));
+        }
+        self.keys.clear();
+        while self.heads.is_empty() {
+            pgrx::check_for_interrupts!();
+            let Some(view) = self.reader.next()? else { return Ok(None) };
+            for i in 0..view.len() {
+                let entry = view.entry(i);
+                let start = self.keys.len();
+                self.keys.extend_from_slice(entry.key);
+                self.heads.push(Head {
+                    digest: entry.digest,
+                    ordinal: entry.stamp.ordinal,
+                    tombstone: entry.stamp.tombstone,
+                    source: self.number,
+                    row_digest: entry.row_digest,
+                    key: (start, self.keys.len()),
+                });
+            }
+            self.heads.reverse();
+        }
+        Ok(self.heads.pop())
+    }
+}
+
+/// Several segments as one sorted list of entries; memory: a block of each.
+pub struct Merge<'a> {
+    sources: Vec<Source<'a>>,
+    heads: BinaryHeap<Reverse<Head>>,
+}
+
+impl<'a> Merge<'a> {
+    /// Begins with the first entry of each of `segments`, in `blocks` (an open `dedup.segment_block`) as the snapshot sees it.
+    ///
+    /// # Errors
+    /// XX001 for a damaged block.
+    pub fn new<'s>(
+        blocks: &'a Table,
+        segments: impl IntoIterator<Item = &'s Segment>,
+        snapshot: &'a Snapshot,
+    ) -> Result<Self> {
+        let mut merge = Self { sources: Vec::new(), heads: BinaryHeap::new() };
+        for (number, segment) in segments.into_iter().enumerate() {
+            let mut reader = BlockReader::new(blocks, snapshot)?;
+            reader.start(segment.id);
+            let mut source = Source { reader, number, heads: Vec::new(), keys: Vec::new() };
+            merge.heads.extend(source.next()?.map(Reverse));
+            merge.sources.push(source);
+        }
+        Ok(merge)
+    }
+
+    /// Calls `visit` with every entry, in order.
+    ///
+    /// # Errors
+    /// XX001 for a damaged block; what `visit` returns.
+    pub fn for_each(mut self, mut visit: impl FnMut(&Entry<'_>) -> Result<()>) -> Result<()> {
+        while let Some(mut first) = self.heads.peek_mut() {
+            let Reverse(head) = &*first;
+            let source = &mut self.sources[head.source];
+            visit(&Entry {
+                digest: head.digest,
+                stamp: Stamp { ordinal: head.ordinal, tombstone: head.tombstone },
+                row_digest: head.row_digest,
+                key: &source.keys[head.key.0..head.key.1],
+            })?;
+            match source.next()? {
+                Some(next) => *first = Reverse(next),
+                None => drop(PeekMut::pop(first)),
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,252 @@
+//! Reconciliation: source and target compared record by record, both hashed anew.
+//!
+//! ```text
+//! records (hashed by the worker) ─┐
+//! rows    (hashed here) ──────────┴▶ compare   chunk by chunk: what is present, and what is left over on either side
+//!                                      │       the ledger and quarantine of the chunk explain most of what is left over
+//! index ─────────────────────────────▶ settle   that every entry has its row, which is what losers rest on
+//!                                      ▼
+//!                                    report    dedup.reconciled_chunks, dedup.divergences
+//! ```
+//!
+//! Nothing is compared with what the run wrote down about itself: the hash index, the ledger and the books only say what kind of difference it
+//! is, or that a duplicate was dropped for a content whose row is really there.
+mod compare;
+mod report;
+mod settle;
+
+use pg_dedup_record::checksum::Checksum;
+use pg_dedup_record::layout::Layout;
+use pg_dedup_record::wire;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
+use pgrx::{JsonB, Uuid, pg_sys};
+
+use crate::chunk::{KeyRange, required};
+use crate::error::{Error, Result};
+use crate::hash::rows::{self, View};
+use crate::keyset::{KeyTypes, column_list, qualified_name};
+use crate::local;
+use crate::planning::ByIndex;
+
+/// One chunk of a pass.
+struct Chunk {
+    reconciliation: i64,
+    run: Uuid,
+    chunk_id: String,
+    table_id: i32,
+    target_id: i32,
+    table: pg_sys::Oid,
+    /// Columns as the run delivers them: an index serves every run with the same content and key columns.
+    layout: Layout,
+    key_types: KeyTypes,
+    /// Which of the target's rows are its.
+    rows: Rows,
+    /// Rows that no run wrote are told once, by the first of the run's sources that share the target.
+    counts_rows: bool,
+    /// What its checkpoint says of the source.
+    read: (i64, Checksum),
+}
+
+/// How rows of the target are found for a chunk.
+enum Rows {
+    /// Those in its key range: keys are ordered alike on both sides.
+    Range(KeyRange),
+    /// Those under its records' keys.
+    Keys,
+    /// None: its records have no key, and none of them can have been written.
+    None,
+    /// The target has no key: contents are looked up in the index, which is compared with the rows in the end.
+    Contents,
+}
+
+impl Chunk {
+    fn load(reconciliation: i64, chunk_id: &str) -> Result<Self> {
+        let chunk = Spi::connect(|client| -> Result<Self> {
+            let rows = client.select(
+                "SELECT p.run_id, p.verdict, c.table_id, c.range_kind, c.range_lower, c.range_upper, c.source_count, c.checksum, \
+                     t.target_id, t.range_comparable, t.keyless, t.layout, g.target::pg_catalog.oid AS target, \
+                     NOT EXISTS (SELECT FROM dedup.run_tables AS o WHERE o.run_id = t.run_id AND o.target_id = t.target_id \
+                                 AND o.table_id OPERATOR(pg_catalog.<) t.table_id) AS counts_rows \
+                 FROM dedup.reconciliations AS p JOIN dedup.checkpoints AS c USING (run_id) JOIN dedup.run_tables AS t USING (run_id, table_id) \
+                     JOIN dedup.targets AS g USING (target_id) \
+                 WHERE p.reconciliation_id = $1 AND c.chunk_id = $2 AND c.status = 'verified'",
+                Some(1),
+                &[reconciliation.into(), chunk_id.into()],
+            )?;
+            let row = rows.into_iter().next().ok_or_else(|| {
+                Error::undefined(format!("reconciliation {reconciliation} has no verified chunk {chunk_id}"))
+            })?;
+            let verdict: String = required(row["verdict"].value()?)?;
+            if verdict != "open" {
+                return Err(Error::state(format!("reconciliation {reconciliation} is {verdict}")));
+            }
+            let kind: String = required(row["range_kind"].value()?)?;
+            let rows = if required(row["keyless"].value()?)? {
+                Rows::Contents
+            } else if kind == "null_key" {
+                Rows::None
+            } else if required(row["range_comparable"].value()?)? && kind == "key" {
+                Rows::Range(KeyRange {
+                    lower: row["range_lower"].value()?,
+                    upper: row["range_upper"].value()?,
+                })
+            } else {
+                Rows::Keys
+            };
+            let checksum: Vec<u8> = required(row["checksum"].value()?)?;
+            let checksum: [u8; 32] = checksum
+                .try_into()
+                .map_err(|_| Error::corrupted("a checkpoint's checksum is not 32 bytes"))?;
+            let read = (required(row["source_count"].value()?)?, Checksum::from_bytes(&checksum));
+            let JsonB(layout) = required(row["layout"].value()?)?;
+            let layout: Layout = serde_json::from_value(layout)
+                .map_err(|e| Error::corrupted(format!("unreadable layout: {e}")))?;
+            let table: pg_sys::Oid = required(row["target"].value()?)?;
+            Ok(Self {
+                reconciliation,
+                run: required(row["run_id"].value()?)?,
+                chunk_id: chunk_id.to_owned(),
+                table_id: required(row["table_id"].value()?)?,
+                target_id: required(row["target_id"].value()?)?,
+                table,
+                key_types: KeyTypes::of(table, &layout)?,
+                layout,
+                rows,
+                counts_rows: required(row["counts_rows"].value()?)?,
+                read,
+            })
+        })?;
+        guard(chunk.target_id)?;
+        Ok(chunk)
+    }
+
+    /// A key as `column=value`, for who reads divergences; `None` where the target has none.
+    fn key_text(&self, key: &[u8]) -> Result<Option<String>> {
+        if self.layout.key.is_empty() { Ok(None) } else { self.key_types.query_string(key).map(Some) }
+    }
+
+    /// The rows of the target under these keys, and each key's position.
+    fn rows_under(
+        &self,
+        keys: &[&[u8]],
+        mut visit: impl FnMut(usize, &rows::RowView<'_>) -> Result<()>,
+    ) -> Result<()> {
+        if keys.is_empty() {
+            return Ok(());
+        }
+        let _plan = ByIndex::new();
+        let query = format!(
+            "SELECT {}, k.n FROM {} JOIN {} AS t ON {}",
+            column_list(&self.layout, "t"),
+            self.key_types.unnest(),
+            qualified_name(self.table),
+            self.key_types.join_condition()
+        );
+        rows::scan_in(View::Statement, &query, &self.key_types.arrays(keys)?, &self.layout, 1, |row| {
+            visit(required(row.trailing::<i64>(0)?)? as usize - 1, &row)
+        })?;
+        Ok(())
+    }
+}
+
+/// The share lock on the hash index: nobody rebuilds it or takes entries out meanwhile. Refuses a target whose files were replaced.
+fn guard(target_id: i32) -> Result<()> {
+    Spi::run_with_args(
+        "SELECT pg_catalog.pg_advisory_xact_lock_shared(dedup.lock_class(), $1)",
+        &[target_id.into()],
+    )?;
+    Ok(Spi::run_with_args("SELECT dedup.check_filenodes($1)", &[target_id.into()])?)
+}
+
+/// `dedup.reconcile_chunk`: compares a chunk's records, packed as docs/protocol.md has it, with the target's rows, and enters what is found.
+///
+/// # Errors
+/// 42704 for an unknown chunk, 55000 when the pass is over or the target's files were replaced, 22023 for a malformed list.
+#[pg_extern(volatile, parallel_unsafe, strict)]
+pub fn reconcile_chunk(reconciliation_id: i64, chunk_id: &str, records: &[u8]) -> Result<(), ErrorReport> {
+    let chunk = Chunk::load(reconciliation_id, chunk_id)?;
+    let records: Vec<_> = wire::records(records)
+        .collect::<std::result::Result<_, _>>()
+        .map_err(|e| Error::invalid(format!("malformed records: {e}")))?;
+    Ok(compare::compare(&chunk, &records)?)
+}
+
+/// `dedup.reconcile_local_chunks`: reads and compares every chunk that is left of sources which this database sees, under one snapshot.
+///
+/// # Errors
+/// As [`reconcile_chunk`]; whatever reading the source raises.
+#[pg_extern(volatile, parallel_unsafe, strict)]
+pub fn reconcile_local_chunks(reconciliation_id: i64) -> Result<i64, ErrorReport> {
+    Ok(compare_here(reconciliation_id)?)
+}
+
+fn compare_here(reconciliation: i64) -> Result<i64> {
+    let chunks: Vec<String> = Spi::connect(|client| -> Result<_> {
+        client
+            .select(
+                "SELECT c.chunk_id FROM dedup.chunks_to_reconcile($1) AS c WHERE c.local",
+                None,
+                &[reconciliation.into()],
+            )?
+            .map(|row| required(row["chunk_id"].value()?))
+            .collect()
+    })?;
+    for chunk_id in &chunks {
+        let chunk = Chunk::load(reconciliation, chunk_id)?;
+        let keyless = matches!(chunk.rows, Rows::Contents);
+        let batch = local::read(chunk.run, chunk_id, &chunk.layout, keyless, View::Statement)?;
+        let packed =
+            batch.packed_records().map_err(|e| Error::corrupted(format!("a record of the source: {e}")))?;
+        let records: Vec<_> = wire::records(&packed)
+            .collect::<std::result::Result<_, _>>()
+            .map_err(|e| Error::corrupted(e.to_string()))?;
+        compare::compare(&chunk, &records)?;
+    }
+    Ok(chunks.len() as i64)
+}
+
+/// `dedup.settle_reconcile`: compares the hash index with the target's rows when every chunk is compared, and enters what that shows.
+///
+/// # Errors
+/// As [`reconcile_chunk`].
+#[pg_extern(volatile, parallel_unsafe, strict)]
+pub fn settle_reconcile(reconciliation_id: i64) -> Result<(), ErrorReport> {
+    Ok(settle::settle(reconciliation_id)?)
+}
+
+/// Who wrote an entry, from a run's point of view.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Owner {
+    /// Rows that stood there before any run, or an ordinal that is not known any more.
+    Nobody,
+    /// This run, from this table of it.
+    Table(i32, String),
+    /// An earlier or later run of the same source.
+    SameSource,
+    /// A run of another source.
+    Other,
+}
+
+/// Whose an ordinal is.
+fn owner(run: Uuid, target: i32, ordinal: u64) -> Result<Owner> {
+    Spi::connect(|client| {
+        // Runs have the same source if they name the same table of the same system.
+        let rows = client.select(
+            "SELECT o.run_id, o.chunk_id, c.table_id, EXISTS ( \
+                 SELECT FROM dedup.run_tables AS m JOIN dedup.runs AS mr ON mr.run_id = m.run_id, dedup.run_tables AS t JOIN dedup.runs AS tr ON tr.run_id = t.run_id \
+                 WHERE m.run_id = $1 AND m.target_id = $2 AND t.run_id = o.run_id AND t.table_id = c.table_id AND t.source OPERATOR(pg_catalog.=) m.source \
+                     AND tr.options OPERATOR(pg_catalog.#>>) '{settings,source}' IS NOT DISTINCT FROM mr.options OPERATOR(pg_catalog.#>>) '{settings,source}') AS same \
+             FROM dedup.ordinals AS o LEFT JOIN dedup.checkpoints AS c USING (run_id, chunk_id) WHERE o.ordinal = $3",
+            Some(1),
+            &[run.into(), target.into(), ordinal.cast_signed().into()],
+        )?;
+        let Some(row) = rows.into_iter().next() else { return Ok(Owner::Nobody) };
+        Ok(match (row["run_id"].value::<Uuid>()?, row["table_id"].value::<i32>()?) {
+            (None, _) => Owner::Nobody,
+            (Some(by), Some(table)) if by == run => Owner::Table(table, required(row["chunk_id"].value()?)?),
+            _ if required(row["same"].value()?)? => Owner::SameSource,
+            _ => Owner::Other,
+        })
+    })
+}

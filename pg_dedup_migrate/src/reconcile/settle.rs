@@ -1,0 +1,462 @@
+//! The end of a pass: the hash index against the target's rows.
+//!
+//! A dropped duplicate rests on a row that holds its content, and the chunks have looked for that in the index only. Here the index is shown to
+//! say what is true: the chunks have added up every row of the target, the entries are added up the same way, and where the sums agree each entry
+//! has its row and each row its entry. Where they don't, or where chunks see no more of the target than their own keys, the target is scanned and
+//! compared entry by entry.
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use pg_dedup_record::block::BlockView;
+use pg_dedup_record::digest::Digest;
+use pgrx::Uuid;
+use pgrx::prelude::*;
+
+use super::compare::subject;
+use super::report::{Findings, Kind};
+use super::{Owner, guard, owner};
+use crate::chunk::required;
+use crate::error::{Error, Result};
+use crate::hash::rows::{self, View};
+use crate::index::Target;
+use crate::keyset::{column_list, hash_of, qualified_name};
+use crate::lookup::{self, Place};
+use crate::merge::Merge;
+use crate::passes::{Pass, Passes};
+use crate::relation::{Access, Snapshot, Table};
+use crate::segment;
+
+/// Compares the index of every target of a run with its rows.
+///
+/// # Errors
+/// 42704 for an unknown pass, XX001 for damaged state.
+pub fn settle(reconciliation: i64) -> Result<()> {
+    let (run, targets) = Spi::connect(|client| -> Result<_> {
+        let rows = client.select(
+            "SELECT p.run_id, t.target_id FROM dedup.reconciliations AS p JOIN dedup.run_tables AS t USING (run_id) \
+             WHERE p.reconciliation_id = $1 AND p.verdict = 'open' GROUP BY 1, 2 ORDER BY 2",
+            None,
+            &[reconciliation.into()],
+        )?;
+        let mut run: Option<Uuid> = None;
+        let mut targets: Vec<i32> = Vec::new();
+        for row in rows {
+            run = row["run_id"].value()?;
+            targets.push(required(row["target_id"].value()?)?);
+        }
+        let run =
+            run.ok_or_else(|| Error::undefined(format!("there is no open reconciliation {reconciliation}")))?;
+        Ok((run, targets))
+    })?;
+    for target_id in targets {
+        guard(target_id)?;
+        let snapshot = Snapshot::of_statement();
+        let mut settlement = Settlement {
+            run,
+            target: Target::by_id(target_id)?,
+            compared: Compared::load(reconciliation, target_id)?,
+            snapshot: &snapshot,
+            owners: HashMap::new(),
+            findings: BTreeMap::new(),
+        };
+        let indexed = settlement.walk_index()?;
+        if settlement.compared.rows != Some(indexed) {
+            let gone = settlement.audit()?;
+            settlement.losers_of(&gone)?;
+        }
+        settlement.enter(reconciliation)?;
+    }
+    Ok(())
+}
+
+/// What the chunks of a pass have found of one target.
+struct Compared {
+    /// Its rows and their sum, if the chunks have looked at all of them.
+    rows: Option<(i64, u64)>,
+    /// Of each pair whose chunks see their own keys only: hashes of what they found, sorted.
+    seen: BTreeMap<i32, Vec<u64>>,
+    /// Some chunk of the pass accounts for rows that no run wrote.
+    counts_rows: bool,
+    /// A chunk of each pair, for what belongs to none in particular.
+    some_chunk: BTreeMap<i32, String>,
+    /// Pairs whose source is what it was.
+    unchanged: HashMap<i32, bool>,
+}
+
+impl Compared {
+    fn load(reconciliation: i64, target_id: i32) -> Result<Self> {
+        Spi::connect(|client| {
+            let mut compared = Self {
+                rows: Some((0, 0)),
+                seen: BTreeMap::new(),
+                counts_rows: false,
+                some_chunk: BTreeMap::new(),
+                unchanged: HashMap::new(),
+            };
+            let rows = client.select(
+                "SELECT k.table_id, k.chunk_id, k.row_count, k.row_sum, k.seen, k.source_is_same \
+                 FROM dedup.reconciliations AS p JOIN dedup.run_tables AS t USING (run_id) \
+                     JOIN dedup.reconciled_chunks AS k ON k.reconciliation_id = p.reconciliation_id AND k.table_id = t.table_id \
+                 WHERE p.reconciliation_id = $1 AND t.target_id = $2 ORDER BY k.chunk_id",
+                None,
+                &[reconciliation.into(), target_id.into()],
+            )?;
+            for row in rows {
+                let table: i32 = required(row["table_id"].value()?)?;
+                let chunk: String = required(row["chunk_id"].value()?)?;
+                compared.some_chunk.entry(table).or_insert(chunk);
+                *compared.unchanged.entry(table).or_insert(true) &=
+                    required::<bool>(row["source_is_same"].value()?)?;
+                if let Some(seen) = row["seen"].value::<Vec<u8>>()? {
+                    let (hashes, _) = seen.as_chunks::<8>();
+                    compared
+                        .seen
+                        .entry(table)
+                        .or_default()
+                        .extend(hashes.iter().map(|h| u64::from_be_bytes(*h)));
+                    compared.rows = None;
+                }
+                let counted = row["row_count"].value::<i64>()?.zip(row["row_sum"].value::<i64>()?);
+                if let Some((count, sum)) = counted {
+                    compared.counts_rows = true;
+                    if let Some((rows, total)) = &mut compared.rows {
+                        *rows += count;
+                        *total = total.wrapping_add(sum.cast_unsigned());
+                    }
+                }
+            }
+            compared.seen.values_mut().for_each(|seen| seen.sort_unstable());
+            Ok(compared)
+        })
+    }
+
+    /// Did a chunk of any pair, or of this one, find it?
+    fn has_seen(&self, table: Option<i32>, hash: u64) -> bool {
+        self.seen
+            .iter()
+            .any(|(&t, seen)| table.is_none_or(|table| table == t) && seen.binary_search(&hash).is_ok())
+    }
+}
+
+/// An entry that must have a row.
+struct Expected {
+    digest: [u8; 32],
+    /// [`subject`] of its content and key.
+    subject: u64,
+    ordinal: u64,
+    found: bool,
+    /// Its content stands under another key.
+    elsewhere: bool,
+}
+
+struct Settlement<'a> {
+    run: Uuid,
+    target: Target,
+    compared: Compared,
+    snapshot: &'a Snapshot,
+    owners: HashMap<u64, Owner>,
+    findings: BTreeMap<String, Findings>,
+}
+
+impl Settlement<'_> {
+    fn keyless(&self) -> bool {
+        self.target.layout.key.is_empty()
+    }
+
+    fn owner(&mut self, ordinal: u64) -> Result<Owner> {
+        if let Some(known) = self.owners.get(&ordinal) {
+            return Ok(known.clone());
+        }
+        let found = owner(self.run, self.target.id, ordinal)?;
+        self.owners.insert(ordinal, found.clone());
+        Ok(found)
+    }
+
+    fn add(&mut self, chunk: String, kind: Kind, key: &[u8], content: Digest) {
+        self.findings.entry(chunk).or_default().add(kind, key, content);
+    }
+
+    /// A chunk that may stand for what no chunk in particular has to do with.
+    fn some_chunk(&self, table: Option<i32>) -> String {
+        let of_table = table.and_then(|table| self.compared.some_chunk.get(&table));
+        of_table.or_else(|| self.compared.some_chunk.values().next()).cloned().unwrap_or_default()
+    }
+
+    /// Calls `visit` with every content of the index, all that is said about it, and where it stands now.
+    fn for_each_content(
+        &self,
+        mut visit: impl FnMut(&Digest, &[Place], &[Place]) -> Result<()>,
+    ) -> Result<()> {
+        let blocks = Table::open("segment_block", Access::Read)?;
+        let segments = segment::segments_of(self.target.id, self.snapshot)?;
+        let mut current: Option<Digest> = None;
+        let mut said: Vec<Place> = Vec::new();
+        let mut close = |digest: Option<Digest>, said: &mut Vec<Place>| -> Result<()> {
+            if let Some(digest) = digest {
+                // One place is the rule.
+                let standing = match said.as_slice() {
+                    [only] if !only.tombstone => said.clone(),
+                    several => {
+                        let mut standing = several.to_vec();
+                        lookup::keep_standing(&mut standing);
+                        standing
+                    }
+                };
+                visit(&digest, said, &standing)?;
+            }
+            said.clear();
+            Ok(())
+        };
+        Merge::new(&blocks, &segments, self.snapshot)?.for_each(|entry| {
+            if current != Some(entry.digest) {
+                close(current.replace(entry.digest), &mut said)?;
+            }
+            said.push(Place::of(entry));
+            Ok(())
+        })?;
+        close(current, &mut said)
+    }
+
+    /// Adds up the entries that must have a row; contents that the run wrote a second time are entered.
+    fn walk_index(&mut self) -> Result<(i64, u64)> {
+        let (mut count, mut sum) = (0, 0u64);
+        let mut twice: Vec<(Digest, Vec<Place>)> = Vec::new();
+        self.for_each_content(|digest, said, standing| {
+            for place in standing {
+                count += 1;
+                sum = sum.wrapping_add(subject(digest.as_bytes(), &place.key));
+            }
+            if standing.len() > 1 {
+                // Of each place the first entry counts: a row that is rewritten with its content stood there before.
+                let first = |key: &[u8]| {
+                    said.iter().filter(|p| p.key == key && !p.tombstone).min_by_key(|p| p.ordinal).cloned()
+                };
+                let mut places: Vec<Place> = standing.iter().filter_map(|p| first(&p.key)).collect();
+                places.sort_by_key(|p| p.ordinal);
+                twice.push((*digest, places));
+            }
+            Ok(())
+        })?;
+        for (digest, places) in twice {
+            for (n, later) in places.iter().enumerate().skip(1) {
+                let Owner::Table(_, chunk) = self.owner(later.ordinal)? else { continue };
+                let keys: Vec<&[u8]> = places[..=n].iter().map(|p| p.key.as_slice()).collect();
+                if self.rows_with(&digest, &keys)? > 1 {
+                    self.add(chunk, Kind::SurvivingDuplicate, &later.key, digest);
+                }
+            }
+        }
+        Ok((count, sum))
+    }
+
+    /// How many of these keys have a row with the content.
+    fn rows_with(&self, content: &Digest, keys: &[&[u8]]) -> Result<usize> {
+        let target = &self.target;
+        let _plan = crate::planning::ByIndex::new();
+        let query = format!(
+            "SELECT {} FROM {} JOIN {} AS t ON {}",
+            column_list(&target.layout, "t"),
+            target.key_types.unnest(),
+            qualified_name(target.table),
+            target.key_types.join_condition()
+        );
+        let mut count = 0;
+        rows::scan_in(View::Statement, &query, &target.key_types.arrays(keys)?, &target.layout, 0, |row| {
+            count += usize::from(row.digests()?.content == *content);
+            Ok(())
+        })?;
+        Ok(count)
+    }
+
+    /// Compares entries with rows, as many at a time as fit `maintenance_work_mem`: those of a range of digests, by one scan of the target.
+    /// Returns the contents that the index has and no row holds.
+    fn audit(&mut self) -> Result<HashSet<[u8; 32]>> {
+        let mut entries = 0usize;
+        self.for_each_content(|_, _, standing| {
+            entries += standing.len();
+            Ok(())
+        })?;
+        let mut gone = HashSet::new();
+        for pass in Passes::of(entries, size_of::<Expected>()).each() {
+            let mut expected: Vec<Expected> = Vec::new();
+            self.for_each_content(|digest, _, standing| {
+                if pass.has(digest.as_bytes()) {
+                    expected.extend(standing.iter().map(|place| Expected {
+                        digest: *digest.as_bytes(),
+                        subject: subject(digest.as_bytes(), &place.key),
+                        ordinal: place.ordinal,
+                        found: false,
+                        elsewhere: false,
+                    }));
+                }
+                Ok(())
+            })?;
+            expected.sort_unstable_by_key(|e| (e.digest, e.subject));
+            self.scan(&mut expected, pass)?;
+            for group in expected.chunk_by(|a, b| a.digest == b.digest) {
+                if !group.iter().any(|e| e.found || e.elsewhere) {
+                    gone.insert(group[0].digest);
+                }
+            }
+            if self.keyless() {
+                self.judge_contents(&expected)?;
+            }
+        }
+        Ok(gone)
+    }
+
+    fn scan(&mut self, expected: &mut [Expected], pass: Pass) -> Result<()> {
+        let query = format!(
+            "SELECT {} FROM {} AS t",
+            column_list(&self.target.layout, "t"),
+            qualified_name(self.target.table)
+        );
+        let layout = self.target.layout.clone();
+        let (keyless, tells_foreign) = (self.keyless(), !self.compared.counts_rows);
+        let mut key = Vec::new();
+        rows::scan_in(View::Statement, &query, &[], &layout, 0, |row| {
+            let content = row.digests()?.content;
+            if !pass.has(content.as_bytes()) {
+                return Ok(());
+            }
+            key.clear();
+            if !keyless {
+                row.write_key(&mut key)?;
+            }
+            let wanted = (*content.as_bytes(), subject(content.as_bytes(), &key));
+            let at = expected.binary_search_by_key(&wanted, |e| (e.digest, e.subject));
+            let entry = at.ok().map(|at| &mut expected[at]);
+            match entry {
+                // Without keys: one row more than the index knows of.
+                Some(entry) if keyless && entry.found => {
+                    self.add(self.some_chunk(None), Kind::Foreign, &[], content);
+                }
+                Some(entry) => {
+                    entry.found = true;
+                    if !keyless {
+                        let ordinal = entry.ordinal;
+                        self.judge_row(ordinal, &key, content)?;
+                    }
+                }
+                None => {
+                    let from = expected.partition_point(|e| e.digest < *content.as_bytes());
+                    expected[from..]
+                        .iter_mut()
+                        .take_while(|e| e.digest == *content.as_bytes())
+                        .for_each(|e| e.elsewhere = true);
+                    if tells_foreign && (keyless || !self.compared.has_seen(None, hash_of(&[&key]))) {
+                        self.add(self.some_chunk(None), Kind::Foreign, &key, content);
+                    }
+                }
+            }
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    /// A row with an entry: if no record of its source has its key, it is too many.
+    fn judge_row(&mut self, ordinal: u64, key: &[u8], content: Digest) -> Result<()> {
+        if self.compared.seen.is_empty() || self.compared.has_seen(None, hash_of(&[key])) {
+            return Ok(());
+        }
+        let (table, chunk) = match self.owner(ordinal)? {
+            // Pairs that account for a range have judged their rows.
+            Owner::Table(table, _) if !self.compared.seen.contains_key(&table) => return Ok(()),
+            Owner::Table(table, chunk) => (table, chunk),
+            Owner::SameSource => {
+                let Some((&table, _)) = self.compared.seen.first_key_value() else { return Ok(()) };
+                (table, self.some_chunk(Some(table)))
+            }
+            Owner::Nobody if self.compared.counts_rows => return Ok(()),
+            Owner::Nobody => {
+                self.add(self.some_chunk(None), Kind::Foreign, key, content);
+                return Ok(());
+            }
+            Owner::Other => return Ok(()),
+        };
+        let kind = if self.compared.unchanged[&table] { Kind::Extra } else { Kind::SourceChanged };
+        self.add(chunk, kind, key, content);
+        Ok(())
+    }
+
+    /// Without keys: entries that have no row, and rows of the run that the source does not have.
+    fn judge_contents(&mut self, expected: &[Expected]) -> Result<()> {
+        for entry in expected {
+            let content = Digest(entry.digest);
+            let seen = self.compared.has_seen(None, hash_of(&[&entry.digest]));
+            let (table, chunk) = match self.owner(entry.ordinal)? {
+                Owner::Table(table, chunk) => (Some(table), chunk),
+                _ => (None, self.some_chunk(None)),
+            };
+            if !entry.found && seen {
+                self.add(chunk, Kind::Missing, &[], content);
+            } else if let (true, false, Some(table)) = (entry.found, seen, table) {
+                let kind = if self.compared.unchanged.get(&table) == Some(&true) {
+                    Kind::Extra
+                } else {
+                    Kind::SourceChanged
+                };
+                self.add(chunk, kind, &[], content);
+            }
+        }
+        Ok(())
+    }
+
+    /// Records that this run dropped for contents which are gone.
+    fn losers_of(&mut self, gone: &HashSet<[u8; 32]>) -> Result<()> {
+        if gone.is_empty() || self.keyless() {
+            return Ok(());
+        }
+        let mut lost: Vec<(String, Vec<u8>, Digest)> = Vec::new();
+        Spi::connect(|client| -> Result<()> {
+            let mut cursor = client.open_cursor(
+                "SELECT o.chunk_id, l.entries FROM dedup.ordinals AS o JOIN dedup.ledger_block AS l USING (ordinal) \
+                 WHERE o.run_id = $1 AND l.target_id = $2",
+                &[self.run.into(), self.target.id.into()],
+            );
+            loop {
+                let rows = cursor.fetch(64)?;
+                if rows.is_empty() {
+                    return Ok(());
+                }
+                for row in rows {
+                    let bytes: Vec<u8> = required(row["entries"].value()?)?;
+                    let block = BlockView::parse(&bytes)
+                        .map_err(|e| Error::corrupted("a ledger block is damaged").detail(e.to_string()))?;
+                    for line in (0..block.len()).map(|i| block.entry(i)) {
+                        if gone.contains(line.digest.as_bytes()) {
+                            lost.push((required(row["chunk_id"].value()?)?, line.key.to_vec(), line.digest));
+                        }
+                    }
+                }
+            }
+        })?;
+        for (chunk, key, content) in lost {
+            self.add(chunk, Kind::Missing, &key, content);
+        }
+        Ok(())
+    }
+
+    /// Adds the findings to what the chunks have found. Who was taken for a duplicate, or for present, and is missing is that no more.
+    fn enter(&self, reconciliation: i64) -> Result<()> {
+        let keyless = self.keyless();
+        for (chunk, findings) in self.findings.iter().filter(|(_, findings)| !findings.is_empty()) {
+            let counts: Vec<i64> = Kind::ALL.iter().map(|&kind| findings.count(kind)).collect();
+            Spi::run_with_args(
+                "UPDATE dedup.reconciled_chunks AS k \
+                 SET missing_count = k.missing_count OPERATOR(pg_catalog.+) $3[1], changed_count = k.changed_count OPERATOR(pg_catalog.+) $3[2], \
+                     extra_count = k.extra_count OPERATOR(pg_catalog.+) $3[3], \
+                     surviving_duplicate_count = k.surviving_duplicate_count OPERATOR(pg_catalog.+) $3[4], \
+                     foreign_count = k.foreign_count OPERATOR(pg_catalog.+) $3[5], source_changed_count = k.source_changed_count OPERATOR(pg_catalog.+) $3[6], \
+                     duplicate_count = k.duplicate_count OPERATOR(pg_catalog.-) CASE WHEN $4 THEN 0 ELSE $3[1] END, \
+                     present_count = k.present_count OPERATOR(pg_catalog.-) CASE WHEN $4 THEN $3[1] ELSE 0 END \
+                 WHERE k.reconciliation_id = $1 AND k.chunk_id = $2",
+                &[reconciliation.into(), chunk.as_str().into(), counts.into(), keyless.into()],
+            )?;
+            findings.enter(reconciliation, self.run, chunk, self.target.id, |key| match keyless {
+                true => Ok(None),
+                false => self.target.key_types.query_string(key).map(Some),
+            })?;
+        }
+        Ok(())
+    }
+}

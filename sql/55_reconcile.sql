@@ -1,0 +1,138 @@
+-- Reconciliation: the pass around the comparison. docs/reconcile.md has the method.
+
+-- One pass a run at a time. Held until the session ends or lets go of it.
+CREATE FUNCTION dedup.hold_run(run uuid) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM dedup.run_row(run);
+    IF NOT pg_try_advisory_lock(hashtextextended('dedup ' || run::text, 0)) THEN
+        RAISE EXCEPTION 'another session is reconciling run %', run USING ERRCODE = 'object_in_use',
+            HINT = 'Wait for it, or end it: SELECT pid FROM pg_locks WHERE locktype = ''advisory''.';
+    END IF;
+END $$;
+COMMENT ON FUNCTION dedup.hold_run(uuid) IS 'keeps other sessions from reconciling the run until this one ends';
+
+-- Takes up a pass that was cut off, unless the run has written something since.
+CREATE FUNCTION dedup.begin_reconcile(run uuid, strict bool DEFAULT false, snapshot text DEFAULT NULL) RETURNS bigint
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    r dedup.runs := dedup.lock_run(run);
+    last bigint := (SELECT coalesce(max(o.ordinal), 0) FROM dedup.ordinals AS o WHERE o.run_id = run);
+    id bigint;
+BEGIN
+    IF r.status NOT IN ('done', 'reconciled', 'halted') THEN
+        RAISE EXCEPTION 'run % is %', run, r.status USING ERRCODE = 'object_not_in_prerequisite_state',
+            DETAIL = 'A run is reconciled when every chunk of it is verified.',
+            HINT = CASE WHEN r.status IN ('created', 'running', 'paused', 'failed')
+                        THEN format('pg-dedup-migrate run --resume %s goes on.', run) ELSE 'Nothing is left to compare.' END;
+    END IF;
+    PERFORM dedup.check_filenodes(g.target_id) FROM (SELECT DISTINCT t.target_id FROM dedup.run_tables AS t WHERE t.run_id = run) AS g;
+    SELECT c.reconciliation_id INTO id FROM dedup.reconciliations AS c
+    WHERE c.run_id = run AND c.verdict = 'open' AND c.is_strict = begin_reconcile.strict AND c.last_ordinal = last
+    ORDER BY c.reconciliation_id DESC LIMIT 1;
+    UPDATE dedup.reconciliations AS c SET verdict = 'abandoned', finished_at = clock_timestamp()
+    WHERE c.run_id = run AND c.verdict = 'open' AND c.reconciliation_id IS DISTINCT FROM id;
+    IF id IS NULL THEN
+        INSERT INTO dedup.reconciliations AS c (run_id, is_strict, last_ordinal, target_snapshot)
+        VALUES (run, begin_reconcile.strict, last, snapshot) RETURNING c.reconciliation_id INTO id;
+        PERFORM dedup.log_event(run, NULL, 'reconcile_started', jsonb_build_object('reconciliation_id', id, 'strict', strict));
+    ELSE
+        UPDATE dedup.reconciliations AS c SET target_snapshot = concat_ws(' ', c.target_snapshot, snapshot) WHERE c.reconciliation_id = id;
+        PERFORM dedup.log_event(run, NULL, 'reconcile_resumed', jsonb_build_object('reconciliation_id', id));
+    END IF;
+    RETURN id;
+END $$;
+COMMENT ON FUNCTION dedup.begin_reconcile(uuid, bool, text) IS 'begins a pass over a run whose chunks are all verified, or takes up one that was cut off; returns its number';
+
+-- Chunks that a pass has still to compare.
+CREATE FUNCTION dedup.chunks_to_reconcile(reconciliation bigint, OUT chunk_id text, OUT table_id int, OUT range_kind text, OUT range_lower text[],
+    OUT range_upper text[], OUT local bool, OUT estimated_bytes bigint) RETURNS SETOF record
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT c.chunk_id, c.table_id, c.range_kind, c.range_lower, c.range_upper, t.source_spec ? 'local', coalesce(c.source_bytes, c.estimated_bytes)
+    FROM dedup.reconciliations AS p JOIN dedup.checkpoints AS c USING (run_id) JOIN dedup.run_tables AS t USING (run_id, table_id)
+    WHERE p.reconciliation_id = reconciliation
+        AND NOT EXISTS (SELECT FROM dedup.reconciled_chunks AS k WHERE k.reconciliation_id = reconciliation AND k.chunk_id = c.chunk_id)
+    ORDER BY c.chunk_no
+$$;
+COMMENT ON FUNCTION dedup.chunks_to_reconcile(bigint) IS 'chunks that a pass has not compared yet';
+
+CREATE FUNCTION dedup.close_reconcile(reconciliation bigint) RETURNS text
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET synchronous_commit = on AS $$
+DECLARE
+    p dedup.reconciliations;
+    r dedup.runs;
+    mismatches bigint;
+    told jsonb;
+    result text;
+BEGIN
+    SELECT * INTO p FROM dedup.reconciliations AS x WHERE x.reconciliation_id = reconciliation;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'reconciliation % does not exist', coalesce(reconciliation::text, 'NULL') USING ERRCODE = 'undefined_object';
+    END IF;
+    r := dedup.lock_run(p.run_id);
+    SELECT * INTO p FROM dedup.reconciliations AS x WHERE x.reconciliation_id = reconciliation FOR NO KEY UPDATE;
+    IF p.verdict <> 'open' THEN
+        RETURN p.verdict;
+    END IF;
+    IF EXISTS (SELECT FROM dedup.chunks_to_reconcile(reconciliation)) THEN
+        RAISE EXCEPTION 'reconciliation % has chunks left to compare', reconciliation USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+    IF r.status NOT IN ('done', 'reconciled', 'halted')
+        OR p.last_ordinal <> (SELECT coalesce(max(o.ordinal), 0) FROM dedup.ordinals AS o WHERE o.run_id = p.run_id) THEN
+        UPDATE dedup.reconciliations AS x SET verdict = 'abandoned', finished_at = clock_timestamp() WHERE x.reconciliation_id = reconciliation;
+        PERFORM dedup.log_event(p.run_id, NULL, 'reconcile_abandoned', jsonb_build_object('reconciliation_id', reconciliation, 'status', r.status));
+        RETURN 'abandoned';
+    END IF;
+    SELECT sum(k.missing_count + k.changed_count + k.extra_count + k.surviving_duplicate_count + CASE WHEN p.is_strict THEN k.source_changed_count ELSE 0 END),
+        jsonb_build_object('reconciliation_id', reconciliation, 'source', sum(k.source_count), 'present', sum(k.present_count),
+            'duplicate', sum(k.duplicate_count), 'quarantined', sum(k.quarantined_count), 'missing', sum(k.missing_count), 'changed', sum(k.changed_count),
+            'extra', sum(k.extra_count), 'surviving_duplicate', sum(k.surviving_duplicate_count), 'foreign', sum(k.foreign_count),
+            'source_changed', sum(k.source_changed_count), 'snapshot', p.target_snapshot)
+    INTO mismatches, told FROM dedup.reconciled_chunks AS k WHERE k.reconciliation_id = reconciliation;
+    UPDATE dedup.reconciled_chunks AS k SET seen = NULL WHERE k.reconciliation_id = reconciliation AND k.seen IS NOT NULL;
+    IF mismatches > 0 THEN
+        result := 'mismatch';
+        -- The run first: a mismatch can only be entered for a run that is held.
+        IF r.status <> 'halted' THEN
+            PERFORM dedup.set_run_status(p.run_id, '{done,reconciled}', 'halted', 'run_halted');
+        END IF;
+        UPDATE dedup.reconciliations AS x SET verdict = result, finished_at = clock_timestamp() WHERE x.reconciliation_id = reconciliation;
+        UPDATE dedup.divergences AS d SET state = 'superseded' WHERE d.run_id = p.run_id AND d.state = 'open' AND d.reconciliation_id <> reconciliation;
+        PERFORM dedup.log_event(p.run_id, NULL, 'mismatch', told || '{"severity": "P1"}');
+        PERFORM pg_notify('dedup_alerts', jsonb_build_object('severity', 'P1', 'alert', 'mismatch', 'run_id', p.run_id, 'mismatches', mismatches)::text);
+    ELSE
+        result := 'clean';
+        UPDATE dedup.reconciliations AS x SET verdict = result, finished_at = clock_timestamp() WHERE x.reconciliation_id = reconciliation;
+        UPDATE dedup.reconciliations AS x SET released_by = reconciliation
+        WHERE x.run_id = p.run_id AND x.verdict = 'mismatch' AND x.released_by IS NULL;
+        UPDATE dedup.divergences AS d SET state = 'released' WHERE d.run_id = p.run_id AND d.state = 'open';
+        IF r.status <> 'reconciled' THEN
+            PERFORM dedup.set_run_status(p.run_id, '{done,halted}', 'reconciled', 'run_reconciled');
+        END IF;
+        PERFORM dedup.log_event(p.run_id, NULL, 'reconciled', told);
+    END IF;
+    RETURN result;
+END $$;
+COMMENT ON FUNCTION dedup.close_reconcile(bigint) IS 'gives the verdict of a pass whose chunks are all compared: clean, and the run is reconciled; mismatch, and it is halted; abandoned, if the run went on meanwhile';
+
+CREATE FUNCTION dedup.reconcile(run uuid, strict bool DEFAULT false) RETURNS SETOF dedup.reconciled_chunks
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    id bigint;
+BEGIN
+    PERFORM dedup.must_own(run);
+    IF NOT pg_try_advisory_xact_lock(hashtextextended('dedup ' || run::text, 0)) THEN
+        RAISE EXCEPTION 'another session is reconciling run %', run USING ERRCODE = 'object_in_use';
+    END IF;
+    IF EXISTS (SELECT FROM dedup.run_tables AS t WHERE t.run_id = run AND NOT coalesce(t.source_spec ? 'local', false)) THEN
+        RAISE EXCEPTION 'run % has sources that this database does not see', run USING ERRCODE = 'feature_not_supported',
+            HINT = format('pg-dedup-migrate reconcile %s compares them.', run);
+    END IF;
+    id := dedup.begin_reconcile(run, strict, pg_current_snapshot()::text);
+    -- One statement: every chunk is compared under one snapshot.
+    PERFORM dedup.reconcile_local_chunks(id);
+    PERFORM dedup.settle_reconcile(id);
+    PERFORM dedup.close_reconcile(id);
+    RETURN QUERY SELECT k.* FROM dedup.reconciled_chunks AS k WHERE k.reconciliation_id = id ORDER BY k.chunk_id;
+END $$;
+COMMENT ON FUNCTION dedup.reconcile(uuid, bool) IS 'compares the sources of a run, which this database must see, with their targets, record by record; a run with mismatches is halted, one without is reconciled';
