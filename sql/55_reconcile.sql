@@ -13,7 +13,7 @@ END $$;
 COMMENT ON FUNCTION dedup.hold_run(uuid) IS 'keeps other sessions from reconciling the run until this one ends';
 
 -- Takes up a pass that was cut off, unless the run has written something since.
-CREATE FUNCTION dedup.begin_reconcile(run uuid, strict bool DEFAULT false, snapshot text DEFAULT NULL) RETURNS bigint
+CREATE FUNCTION dedup.begin_reconcile(run uuid, strict bool DEFAULT false) RETURNS bigint
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     r dedup.runs := dedup.lock_run(run);
@@ -33,16 +33,21 @@ BEGIN
     UPDATE dedup.reconciliations AS c SET verdict = 'abandoned', finished_at = clock_timestamp()
     WHERE c.run_id = run AND c.verdict = 'open' AND c.reconciliation_id IS DISTINCT FROM id;
     IF id IS NULL THEN
-        INSERT INTO dedup.reconciliations AS c (run_id, is_strict, last_ordinal, target_snapshot)
-        VALUES (run, begin_reconcile.strict, last, snapshot) RETURNING c.reconciliation_id INTO id;
+        INSERT INTO dedup.reconciliations AS c (run_id, is_strict, last_ordinal)
+        VALUES (run, begin_reconcile.strict, last) RETURNING c.reconciliation_id INTO id;
         PERFORM dedup.log_event(run, NULL, 'reconcile_started', jsonb_build_object('reconciliation_id', id, 'strict', strict));
     ELSE
-        UPDATE dedup.reconciliations AS c SET target_snapshot = concat_ws(' ', c.target_snapshot, snapshot) WHERE c.reconciliation_id = id;
         PERFORM dedup.log_event(run, NULL, 'reconcile_resumed', jsonb_build_object('reconciliation_id', id));
     END IF;
     RETURN id;
 END $$;
-COMMENT ON FUNCTION dedup.begin_reconcile(uuid, bool, text) IS 'begins a pass over a run whose chunks are all verified, or takes up one that was cut off; returns its number';
+COMMENT ON FUNCTION dedup.begin_reconcile(uuid, bool) IS 'begins a pass over a run whose chunks are all verified, or takes up one that was cut off; returns its number';
+
+CREATE FUNCTION dedup.note_snapshot(reconciliation bigint, snapshot text) RETURNS void
+LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+    UPDATE dedup.reconciliations AS p SET target_snapshot = concat_ws(' ', p.target_snapshot, snapshot) WHERE p.reconciliation_id = reconciliation
+$$;
+COMMENT ON FUNCTION dedup.note_snapshot(bigint, text) IS 'names the snapshot that chunks of a pass are compared under, as pg_current_snapshot() has it';
 
 -- Chunks that a pass has still to compare.
 CREATE FUNCTION dedup.chunks_to_reconcile(reconciliation bigint, OUT chunk_id text, OUT table_id int, OUT range_kind text, OUT range_lower text[],
@@ -128,9 +133,9 @@ BEGIN
         RAISE EXCEPTION 'run % has sources that this database does not see', run USING ERRCODE = 'feature_not_supported',
             HINT = format('pg-dedup-migrate reconcile %s compares them.', run);
     END IF;
-    id := dedup.begin_reconcile(run, strict, pg_current_snapshot()::text);
+    id := dedup.begin_reconcile(run, strict);
     -- One statement: every chunk is compared under one snapshot.
-    PERFORM dedup.reconcile_local_chunks(id);
+    PERFORM dedup.note_snapshot(id, pg_current_snapshot()::text), dedup.reconcile_local_chunks(id);
     PERFORM dedup.settle_reconcile(id);
     PERFORM dedup.close_reconcile(id);
     RETURN QUERY SELECT k.* FROM dedup.reconciled_chunks AS k WHERE k.reconciliation_id = id ORDER BY k.chunk_id;

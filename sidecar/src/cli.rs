@@ -24,6 +24,8 @@ pub enum Command {
     Run(RunArgs),
     /// Join a run from another process or host
     Work(WorkArgs),
+    /// Compare the sources of a run with its targets, record by record; a run with mismatches is halted
+    Reconcile(ReconcileArgs),
     /// Show runs, or one run: progress, books, failed chunks
     Status(StatusArgs),
     /// Check everything before anything is written, and say what to change
@@ -139,6 +141,23 @@ pub struct WorkArgs {
     /// Records that may be refused in a chunk before the chunk is failed [default: as the run was created with]
     #[arg(long, value_name = "N")]
     pub error_budget: Option<u64>,
+}
+
+/// Flags of `reconcile`.
+#[derive(Debug, Args)]
+pub struct ReconcileArgs {
+    /// The run: its id, a unique prefix of it, its name, or "last"
+    pub run: String,
+    #[command(flatten)]
+    pub file: FileArgs,
+    #[command(flatten)]
+    pub endpoints: EndpointArgs,
+    /// Chunks compared at a time [default: 2]
+    #[arg(long, value_name = "N")]
+    pub workers: Option<u16>,
+    /// Records that changed in the source since they were migrated are mismatches, too
+    #[arg(long)]
+    pub strict: bool,
 }
 
 /// Flags of `status`.

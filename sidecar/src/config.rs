@@ -19,7 +19,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use crate::cli::{DoctorArgs, FileArgs, RunArgs, StatusArgs, TableArgs, Verify, WorkArgs};
+use crate::cli::{DoctorArgs, FileArgs, ReconcileArgs, RunArgs, StatusArgs, TableArgs, Verify, WorkArgs};
 use crate::error::{Error, Result};
 use crate::names::{self, TableName};
 
@@ -107,6 +107,17 @@ impl Job {
         file.target = args.endpoints.target.clone().or(file.target);
         file.workers = args.workers.or(file.workers);
         file.error_budget = args.error_budget.or(file.error_budget);
+        let mut job = file.into_job()?;
+        job.json = args.file.json;
+        Ok(job)
+    }
+
+    /// The job of `reconcile`.
+    pub fn of_reconcile(args: &ReconcileArgs) -> Result<Job> {
+        let mut file = FileConfig::load(&args.file)?;
+        file.source = args.endpoints.source.clone().or(file.source);
+        file.target = args.endpoints.target.clone().or(file.target);
+        file.workers = args.workers.or(file.workers);
         let mut job = file.into_job()?;
         job.json = args.file.json;
         Ok(job)

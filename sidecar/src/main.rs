@@ -21,6 +21,7 @@
 //! | [`worker`], [`read`], [`fold`], [`chunk`], [`write`] | one chunk, end to end |
 //! | [`heartbeat`], [`progress`], [`stop`], [`failpoint`] | beside it |
 //! | [`finish`], [`summary`], [`status`], [`doctor`] | after it, and before |
+//! | [`reconcile`], [`verdict`] | source and target compared |
 #![forbid(unsafe_code)]
 
 use std::io::IsTerminal;
@@ -50,6 +51,7 @@ mod plan;
 mod progress;
 mod protocol;
 mod read;
+mod reconcile;
 mod resume;
 mod run;
 mod runs;
@@ -61,6 +63,7 @@ mod stop;
 mod summary;
 mod tables;
 mod tls;
+mod verdict;
 mod worker;
 mod write;
 
@@ -88,6 +91,9 @@ async fn command(command: &Command) -> Result<u8> {
     match command {
         Command::Run(args) => run::run(&Job::of_run(args)?, args.resume.as_deref(), Stop::listen()?).await,
         Command::Work(args) => run::work(&Job::of_work(args)?, &args.run, Stop::listen()?).await,
+        Command::Reconcile(args) => {
+            reconcile::reconcile(&Job::of_reconcile(args)?, &args.run, args.strict, Stop::listen()?).await
+        }
         Command::Status(args) => status::status(&Job::of_status(args)?, args.run.as_deref()).await,
         Command::Doctor(args) => doctor::doctor(&Job::of_doctor(args)?).await,
     }

@@ -26,6 +26,8 @@ pub struct Counters {
     pub duplicates: AtomicU64,
     /// Quarantined records among them.
     pub quarantined: AtomicU64,
+    /// Where chunks are compared: what was found wrong.
+    pub mismatches: AtomicU64,
     /// Committed chunks.
     pub chunks: AtomicU64,
 }
@@ -40,6 +42,14 @@ impl Counters {
         self.chunks.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// A chunk was compared; its bytes leave `reading` next.
+    pub fn compared(&self, bytes: u64, records: u64, mismatches: u64) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.records.fetch_add(records, Ordering::Relaxed);
+        self.mismatches.fetch_add(mismatches, Ordering::Relaxed);
+        self.chunks.fetch_add(1, Ordering::Relaxed);
+    }
+
     fn load(&self) -> Sample {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Sample {
@@ -48,6 +58,7 @@ impl Counters {
             records: get(&self.records),
             duplicates: get(&self.duplicates),
             quarantined: get(&self.quarantined),
+            mismatches: get(&self.mismatches),
             chunks: get(&self.chunks),
         }
     }
@@ -64,6 +75,8 @@ pub struct Plan {
     pub total_chunks: u64,
     /// Of those, written before.
     pub done_chunks: u64,
+    /// Chunks are compared, not written.
+    pub compares: bool,
 }
 
 impl Plan {
@@ -84,7 +97,13 @@ impl Plan {
         let get = |index: usize| -> Result<u64> {
             Ok(row.try_get::<_, i64>(index).at(session.side, doing)?.unsigned_abs())
         };
-        Ok(Plan { total_bytes: get(0)?, done_bytes: get(1)?, total_chunks: get(2)?, done_chunks: get(3)? })
+        Ok(Plan {
+            total_bytes: get(0)?,
+            done_bytes: get(1)?,
+            total_chunks: get(2)?,
+            done_chunks: get(3)?,
+            compares: false,
+        })
     }
 }
 
@@ -96,6 +115,7 @@ struct Sample {
     records: u64,
     duplicates: u64,
     quarantined: u64,
+    mismatches: u64,
     chunks: u64,
 }
 
@@ -175,14 +195,18 @@ fn line(then: &Sample, now: &Sample, plan: &Plan) -> String {
     let records_per_second = now.records.saturating_sub(then.records) as f64 / seconds;
     let left = plan.total_bytes.saturating_sub(plan.done_bytes + now.seen);
     let eta = if bytes_per_second > 0.0 { duration(left as f64 / bytes_per_second) } else { "-".into() };
+    let (told, what) = match plan.compares {
+        true => (now.mismatches, "mismatches"),
+        false => (now.duplicates, "duplicates"),
+    };
     let mut line = format!(
-        "{} {:.1} MB/s {} records/s, {}/{} chunks, {} duplicates, ETA {eta}",
+        "{} {:.1} MB/s {} records/s, {}/{} chunks, {} {what}, ETA {eta}",
         HumanBytes(plan.done_bytes + now.seen),
         bytes_per_second / 1e6,
         HumanCount(records_per_second as u64),
         plan.done_chunks + now.chunks,
         plan.total_chunks,
-        HumanCount(now.duplicates),
+        HumanCount(told),
     );
     if now.quarantined > 0 {
         line.push_str(&format!(", {} quarantined", HumanCount(now.quarantined)));
@@ -225,14 +249,16 @@ mod tests {
     use super::*;
 
     fn sample(at: Instant, seen: u64, records: u64) -> Sample {
-        Sample { at, seen, records, duplicates: 7, quarantined: 0, chunks: 1 }
+        Sample { at, seen, records, duplicates: 7, quarantined: 0, mismatches: 3, chunks: 1 }
     }
 
     #[test]
     fn a_line_has_speed_duplicates_and_eta() {
         let then = Instant::now();
         let now = sample(then + Duration::from_secs(10), 50_000_000, 1000);
-        let plan = Plan { total_bytes: 100_000_000, done_bytes: 0, total_chunks: 4, done_chunks: 1 };
+        let plan = Plan { total_bytes: 100_000_000, total_chunks: 4, done_chunks: 1, ..Plan::default() };
+        let compares = line(&sample(then, 0, 0), &now, &Plan { compares: true, ..plan });
+        assert!(compares.contains("2/4 chunks, 3 mismatches, ETA 10s"), "{compares}");
         let line = line(&sample(then, 0, 0), &now, &plan);
         assert!(line.contains("5.0 MB/s 100 records/s, 2/4 chunks, 7 duplicates, ETA 10s"), "{line}");
         assert_eq!(percent(&now, &plan), 50.0);

@@ -61,12 +61,8 @@ pub async fn lease_chunk(session: &Session, run: Uuid, worker: Uuid) -> Result<O
     let row = session.client.query_opt(&statement, &[&run, &worker]).await.at(session.side, doing)?;
     let Some(row) = row else { return Ok(None) };
     let kind: String = row.try_get(2).at(session.side, doing)?;
-    let kind = match kind.as_str() {
-        "key" => RangeKind::Key,
-        "null_key" => RangeKind::NullKey,
-        "ctid" => RangeKind::Ctid,
-        other => return Err(protocol_error(session.side, format!("unknown kind of range \"{other}\""))),
-    };
+    let kind = RangeKind::named(&kind)
+        .ok_or_else(|| protocol_error(session.side, format!("unknown kind of range \"{kind}\"")))?;
     Ok(Some(Lease {
         chunk_id: row.try_get(0).at(session.side, doing)?,
         table_id: row.try_get(1).at(session.side, doing)?,

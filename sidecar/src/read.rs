@@ -11,7 +11,7 @@ use crate::conn::Session;
 use crate::error::{At, Error, Kind, Result, Side};
 use crate::names::quote_literal;
 use crate::progress::Counters;
-use crate::protocol::Lease;
+use crate::source::Range;
 use crate::tables::TableWork;
 
 /// A chunk's records.
@@ -28,17 +28,18 @@ pub struct ReadChunk {
     pub in_flight: InFlight,
 }
 
-/// Reads a chunk. `spent` is a batch that is done with; its memory is used again.
+/// Reads a chunk, under a snapshot that another session exported if there is one. `spent` is a batch that is done with; its memory is used again.
 pub async fn read_chunk(
     source: &Session,
     table: &TableWork,
-    lease: &Lease,
+    range: &Range,
+    snapshot: Option<&str>,
     counters: &Arc<Counters>,
     spent: Option<Batch>,
 ) -> Result<ReadChunk> {
     let started = Instant::now();
     let lsn = position(source).await?;
-    if let Some(snapshot) = &lease.snapshot {
+    if let Some(snapshot) = snapshot {
         enter_snapshot(source, snapshot).await?;
     }
     let builder = match spent {
@@ -46,8 +47,8 @@ pub async fn read_chunk(
         None => BatchBuilder::new(&table.layout, table.keyless),
     };
     let mut in_flight = InFlight { counters: counters.clone(), bytes: 0 };
-    let batch = copy_out(source, &table.spec.copy_out(&lease.range), builder, &mut in_flight).await;
-    if lease.snapshot.is_some() {
+    let batch = copy_out(source, &table.spec.copy_out(range), builder, &mut in_flight).await;
+    if snapshot.is_some() {
         source.client.batch_execute("ROLLBACK").await.at(Side::Source, "leaving the snapshot")?;
     }
     let batch = batch?;

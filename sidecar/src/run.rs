@@ -99,15 +99,7 @@ pub async fn work(job: &Job, wanted: &str, stop: Stop) -> Result<u8> {
             run.run_id, run.status
         )));
     }
-    let source = ends.source.connect(Role::Admin).await?;
-    let identity = runs::source_identity(&source).await?;
-    drop(source);
-    if let Some(planned) = run.settings.get("source").and_then(|source| source.as_str())
-        && planned != identity
-    {
-        return Err(Error::refused("this is another source than the run's")
-            .detail(format!("the run's is {planned}, this one is {identity}")));
-    }
+    runs::check_source(&ends.source.connect(Role::Admin).await?, &run).await?;
     tracing::info!("joining run {} ({})", run.run_id, run.name);
     work_to_the_end(job, &mut ends, &run, &stop).await?;
     let summary = Summary::load(&ends.admin, run.run_id).await?;

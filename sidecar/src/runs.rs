@@ -64,6 +64,16 @@ pub async fn find(session: &Session, wanted: &str) -> Result<Run> {
     }
 }
 
+/// Refuses another source than the run was planned on.
+pub async fn check_source(source: &Session, run: &Run) -> Result<()> {
+    let identity = source_identity(source).await?;
+    match run.settings.get("source").and_then(|source| source.as_str()) {
+        Some(planned) if planned != identity => Err(Error::refused("this is another source than the run's")
+            .detail(format!("the run's is {planned}, this one is {identity}"))),
+        _ => Ok(()),
+    }
+}
+
 /// Refuses a target whose extension is missing, of another version, or hashes otherwise.
 pub async fn check_versions(target: &Session) -> Result<String> {
     let doing = "asking for the extension's version";

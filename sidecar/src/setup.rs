@@ -281,13 +281,13 @@ pub async fn export_snapshot(endpoint: &Arc<Endpoint>) -> Result<(Session, Strin
         .client
         .batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
         .await
-        .at(Side::Source, "exporting a snapshot")?;
+        .at(endpoint.side, "exporting a snapshot")?;
     let snapshot: String = keeper
         .client
         .query_one("SELECT pg_catalog.pg_export_snapshot()", &[])
         .await
         .and_then(|row| row.try_get(0))
-        .at(Side::Source, "exporting a snapshot")?;
+        .at(endpoint.side, "exporting a snapshot")?;
     Ok((keeper, snapshot))
 }
 

@@ -21,6 +21,18 @@ pub enum RangeKind {
     Ctid,
 }
 
+impl RangeKind {
+    /// The kind that checkpoints call so.
+    pub fn named(name: &str) -> Option<RangeKind> {
+        match name {
+            "key" => Some(RangeKind::Key),
+            "null_key" => Some(RangeKind::NullKey),
+            "ctid" => Some(RangeKind::Ctid),
+            _ => None,
+        }
+    }
+}
+
 /// The records of one chunk: half-open, `None` is open.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Range {

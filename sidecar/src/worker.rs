@@ -110,10 +110,15 @@ pub async fn work(crew: Arc<Crew>, workers: u16) -> Result<()> {
             asked_for_warmth: false,
             spent: None,
         };
-        tasks.spawn_blocking(move || on_own_thread(worker));
+        tasks.spawn_blocking(move || on_own_thread(worker.run()));
     }
+    join(tasks).await
+}
+
+/// Waits for all lanes; answers the first error, further ones are logged.
+pub async fn join(mut lanes: tokio::task::JoinSet<Result<()>>) -> Result<()> {
     let mut first_error = None;
-    while let Some(ended) = tasks.join_next().await {
+    while let Some(ended) = lanes.join_next().await {
         let result =
             ended.unwrap_or_else(|e| Err(Error::here(Kind::Protocol, format!("a worker ended badly: {e}"))));
         if let Err(error) = result {
@@ -128,12 +133,12 @@ pub async fn work(crew: Arc<Crew>, workers: u16) -> Result<()> {
 
 /// Runs a lane on a thread of its own, its connections with it: handing a message from one task to another is then a matter of one thread,
 /// not a system call and a reschedule.
-fn on_own_thread(worker: Worker) -> Result<()> {
+pub fn on_own_thread(lane: impl Future<Output = Result<()>>) -> Result<()> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|e| Error::here(Kind::Refused, format!("can't start a worker's thread: {e}")))?
-        .block_on(worker.run())
+        .block_on(lane)
 }
 
 /// What keeps sources and targets from seeing more sessions at work than there are workers.
@@ -339,7 +344,15 @@ impl Worker {
         };
         tracing::debug!("chunk {} of {}: attempt {}", lease.chunk_id, table.source, lease.attempt);
         let turn = take_turn(&self.turns.reading).await?;
-        let read = read::read_chunk(source, table, lease, &crew.counters, self.spent.take()).await?;
+        let read = read::read_chunk(
+            source,
+            table,
+            &lease.range,
+            lease.snapshot.as_deref(),
+            &crew.counters,
+            self.spent.take(),
+        )
+        .await?;
         drop(turn);
         failpoint::reach(Failpoint::Read).await;
         let waiting = Instant::now();

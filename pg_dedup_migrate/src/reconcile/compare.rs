@@ -18,11 +18,11 @@ use crate::lookup::{self, Place};
 use crate::planning::ByIndex;
 use crate::relation::Snapshot;
 
-/// Compares a chunk and enters what is found.
+/// Compares a chunk and enters what is found; returns the mismatches.
 ///
 /// # Errors
 /// XX001 for damaged state, what reading the target raises.
-pub fn compare(chunk: &Chunk, records: &[RecordEntry<'_>]) -> Result<()> {
+pub fn compare(chunk: &Chunk, records: &[RecordEntry<'_>]) -> Result<i64> {
     let snapshot = Snapshot::of_statement();
     let mut comparison = Comparison::new(chunk, records);
     match &chunk.rows {
@@ -326,7 +326,7 @@ impl<'a> Comparison<'a> {
         Ok(places.into_iter().map(|(i, places)| (digests[i as usize], places)).collect())
     }
 
-    fn enter(mut self) -> Result<()> {
+    fn enter(mut self) -> Result<i64> {
         let chunk = self.chunk;
         let present = self.matched.iter().filter(|matched| **matched).count() as i64;
         // Without keys a content is present once; its other records are duplicates.
@@ -362,7 +362,8 @@ impl<'a> Comparison<'a> {
         )?;
         self.findings.enter(chunk.reconciliation, chunk.run, &chunk.chunk_id, chunk.target_id, |key| {
             chunk.key_text(key)
-        })
+        })?;
+        Ok(self.findings.mismatches())
     }
 }
 

@@ -159,12 +159,13 @@ fn guard(target_id: i32) -> Result<()> {
     Ok(Spi::run_with_args("SELECT dedup.check_filenodes($1)", &[target_id.into()])?)
 }
 
-/// `dedup.reconcile_chunk`: compares a chunk's records, packed as docs/protocol.md has it, with the target's rows, and enters what is found.
+/// `dedup.reconcile_chunk`: compares a chunk's records, packed as docs/protocol.md has it, with the target's rows, and enters what is found;
+/// returns the mismatches.
 ///
 /// # Errors
 /// 42704 for an unknown chunk, 55000 when the pass is over or the target's files were replaced, 22023 for a malformed list.
 #[pg_extern(volatile, parallel_unsafe, strict)]
-pub fn reconcile_chunk(reconciliation_id: i64, chunk_id: &str, records: &[u8]) -> Result<(), ErrorReport> {
+pub fn reconcile_chunk(reconciliation_id: i64, chunk_id: &str, records: &[u8]) -> Result<i64, ErrorReport> {
     let chunk = Chunk::load(reconciliation_id, chunk_id)?;
     let records: Vec<_> = wire::records(records)
         .collect::<std::result::Result<_, _>>()

@@ -79,6 +79,11 @@ impl Findings {
         self.counts[kind as usize]
     }
 
+    /// How many say that the target is wrong.
+    pub fn mismatches(&self) -> i64 {
+        Kind::ALL.iter().filter(|kind| kind.is_mismatch()).map(|&kind| self.count(kind)).sum()
+    }
+
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.counts == [0; Kind::ALL.len()]

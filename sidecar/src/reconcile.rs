@@ -1,0 +1,291 @@
+//! `reconcile`: every chunk's records read from the source and hashed here, compared by the extension with the rows it hashes there.
+//!
+//! ```text
+//!   keeper   holds one snapshot of the target for the whole pass
+//!   lanes    read a chunk ─▶ reconcile_chunk under that snapshot, each in a transaction of its own
+//!   admin    begin_reconcile … settle_reconcile, close_reconcile ─▶ verdict
+//! ```
+//!
+//! A pass that is cut off is taken up with the chunks that are left.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use backon::{BackoffBuilder, ExponentialBuilder};
+use pg_dedup_record::Batch;
+use uuid::Uuid;
+
+use crate::config::Job;
+use crate::conn::{Endpoint, Role, Session, protocol_error};
+use crate::error::{At, Error, Kind, Policy, Result, Side};
+use crate::failpoint::{self, Failpoint};
+use crate::names::quote_literal;
+use crate::progress::{Counters, Plan, Progress};
+use crate::protocol::GENERIC_PLANS;
+use crate::read;
+use crate::runs::{self, Run};
+use crate::setup;
+use crate::source::{Range, RangeKind};
+use crate::stop::Stop;
+use crate::tables::{self, TableWork};
+use crate::verdict::Verdict;
+use crate::worker;
+
+/// Tries a chunk gets while what fails may pass by itself.
+const TRIES: usize = 5;
+
+/// A chunk to compare.
+struct Chunk {
+    chunk_id: String,
+    table_id: i32,
+    range: Range,
+}
+
+/// What the lanes share.
+struct Pass {
+    id: i64,
+    source: Arc<Endpoint>,
+    target: Arc<Endpoint>,
+    tables: HashMap<i32, TableWork>,
+    /// The target's snapshot that every chunk is compared under.
+    target_snapshot: String,
+    /// The source's snapshot that tables without a key are read under: positions move.
+    source_snapshot: Option<String>,
+    left: Mutex<VecDeque<Chunk>>,
+    counters: Arc<Counters>,
+    stop: Stop,
+}
+
+/// Compares a run's sources with its targets and gives the verdict.
+pub async fn reconcile(job: &Job, wanted: &str, strict: bool, stop: Stop) -> Result<u8> {
+    let source = Arc::new(Endpoint::resolve(Side::Source, &job.source)?);
+    let target = Arc::new(Endpoint::resolve(Side::Target, &job.target)?);
+    let admin = target.connect(Role::Admin).await?;
+    runs::check_versions(&admin).await?;
+    let run = runs::find(&admin, wanted).await?;
+    runs::check_source(&source.connect(Role::Admin).await?, &run).await?;
+    admin
+        .client
+        .execute("SELECT dedup.hold_run($1::uuid)", &[&run.run_id])
+        .await
+        .at(Side::Target, "reserving the run")?;
+    let id = begin(&admin, &run, strict).await?;
+    // After that, so that the snapshot knows of the pass.
+    let (keeper, target_snapshot) = setup::export_snapshot(&target).await?;
+    note_snapshot(&admin, id, &keeper).await?;
+    tracing::info!("reconciling run {} ({}), pass {id}", run.run_id, run.name);
+    let resumable = |error: Error| match error.hint {
+        Some(_) => error,
+        None => error.hint(format!("pg-dedup-migrate reconcile {} goes on with what is left", run.run_id)),
+    };
+    let (left, plan) = chunks_left(&admin, run.run_id, id).await?;
+    let tables = tables::load(&admin, run.run_id).await?;
+    let keyless = left.iter().any(|chunk| chunk.range.kind == RangeKind::Ctid);
+    let (_source_keeper, source_snapshot) = match keyless {
+        true => {
+            let (keeper, snapshot) = setup::export_snapshot(&source).await?;
+            (Some(keeper), Some(snapshot))
+        }
+        false => (None, None),
+    };
+    let counters = Arc::new(Counters::default());
+    let pass = Arc::new(Pass {
+        id,
+        source,
+        target,
+        tables,
+        target_snapshot,
+        source_snapshot,
+        left: Mutex::new(left),
+        counters: counters.clone(),
+        stop: stop.clone(),
+    });
+    {
+        let _progress = Progress::show(counters, plan);
+        compare(&pass, job.workers).await.map_err(resumable)?;
+    }
+    if stop.finishing() {
+        tracing::warn!("interrupted; pg-dedup-migrate reconcile {} goes on with what is left", run.run_id);
+        return Ok(130);
+    }
+    conclude(&admin, id).await.map_err(resumable)?;
+    let verdict = Verdict::load(&admin, id).await?;
+    verdict.print(job.json)?;
+    Ok(verdict.exit_code())
+}
+
+async fn begin(admin: &Session, run: &Run, strict: bool) -> Result<i64> {
+    admin
+        .client
+        .query_one("SELECT dedup.begin_reconcile($1::uuid, $2::bool)", &[&run.run_id, &strict])
+        .await
+        .and_then(|row| row.try_get(0))
+        .at(Side::Target, "begin_reconcile")
+}
+
+/// Writes down which snapshot the pass is about.
+async fn note_snapshot(admin: &Session, id: i64, keeper: &Session) -> Result<()> {
+    let doing = "naming the snapshot";
+    let snapshot: String = keeper
+        .client
+        .query_one("SELECT pg_catalog.pg_current_snapshot()::pg_catalog.text", &[])
+        .await
+        .and_then(|row| row.try_get(0))
+        .at(Side::Target, doing)?;
+    admin
+        .client
+        .execute("SELECT dedup.note_snapshot($1::bigint, $2::text)", &[&id, &snapshot])
+        .await
+        .at(Side::Target, doing)?;
+    Ok(())
+}
+
+/// The chunks that workers compare, and how much there is in all. Sources that the target database sees it compares itself, in the end.
+async fn chunks_left(admin: &Session, run: Uuid, id: i64) -> Result<(VecDeque<Chunk>, Plan)> {
+    let doing = "listing the chunks to compare";
+    let rows = admin
+        .client
+        .query(
+            "SELECT chunk_id, table_id, range_kind, range_lower, range_upper, coalesce(estimated_bytes, 0) \
+             FROM dedup.chunks_to_reconcile($1) WHERE NOT local",
+            &[&id],
+        )
+        .await
+        .at(Side::Target, doing)?;
+    let mut chunks = VecDeque::with_capacity(rows.len());
+    let mut bytes = 0u64;
+    for row in rows {
+        let kind: String = row.try_get(2).at(Side::Target, doing)?;
+        chunks.push_back(Chunk {
+            chunk_id: row.try_get(0).at(Side::Target, doing)?,
+            table_id: row.try_get(1).at(Side::Target, doing)?,
+            range: Range {
+                kind: RangeKind::named(&kind).ok_or_else(|| {
+                    protocol_error(Side::Target, format!("unknown kind of range \"{kind}\""))
+                })?,
+                lower: row.try_get(3).at(Side::Target, doing)?,
+                upper: row.try_get(4).at(Side::Target, doing)?,
+            },
+        });
+        bytes += row.try_get::<_, i64>(5).at(Side::Target, doing)?.unsigned_abs();
+    }
+    let whole = Plan::load(admin, run).await?;
+    let done_chunks = whole.total_chunks - chunks.len() as u64;
+    let plan = Plan {
+        total_bytes: whole.total_bytes.max(bytes),
+        done_bytes: whole.total_bytes.max(bytes) - bytes,
+        total_chunks: whole.total_chunks,
+        done_chunks,
+        compares: true,
+    };
+    Ok((chunks, plan))
+}
+
+/// Compares what is left, several chunks at a time: while some are compared in the target, others are read.
+async fn compare(pass: &Arc<Pass>, workers: u16) -> Result<()> {
+    let mut lanes = tokio::task::JoinSet::new();
+    for _ in 0..worker::lanes(workers) {
+        let pass = pass.clone();
+        lanes.spawn_blocking(move || worker::on_own_thread(lane(pass)));
+    }
+    worker::join(lanes).await
+}
+
+async fn lane(pass: Arc<Pass>) -> Result<()> {
+    let mut sessions: Option<(Session, Session)> = None;
+    let mut spent: Option<Batch> = None;
+    while !pass.stop.finishing() {
+        let next = pass.left.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        let Some(chunk) = next else { break };
+        tokio::select! {
+            done = compare_patiently(&pass, &chunk, &mut sessions, &mut spent) => done?,
+            () = pass.stop.aborted() => break,
+        }
+    }
+    if let Some((source, target)) = sessions {
+        tokio::join!(source.close(), target.close());
+    }
+    Ok(())
+}
+
+/// One chunk, tried again while the reason it fails for may pass.
+async fn compare_patiently(
+    pass: &Pass,
+    chunk: &Chunk,
+    sessions: &mut Option<(Session, Session)>,
+    spent: &mut Option<Batch>,
+) -> Result<()> {
+    let mut pauses = ExponentialBuilder::default().with_jitter().with_max_times(TRIES - 1).build();
+    loop {
+        let error = match compare_chunk(pass, chunk, sessions, spent).await {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        *sessions = None;
+        let pause = pauses.next().filter(|_| error.policy() == Policy::Retry && !pass.stop.finishing());
+        let Some(pause) = pause else { return Err(error) };
+        tracing::warn!("chunk {}: {error}; next try in {:.1} s", chunk.chunk_id, pause.as_secs_f64());
+        tokio::time::sleep(pause).await;
+    }
+}
+
+async fn compare_chunk(
+    pass: &Pass,
+    chunk: &Chunk,
+    sessions: &mut Option<(Session, Session)>,
+    spent: &mut Option<Batch>,
+) -> Result<()> {
+    let (source, target) = match sessions {
+        Some(open) => open,
+        None => {
+            let (source, target) =
+                tokio::join!(pass.source.connect(Role::Reader), pass.target.connect(Role::Writer));
+            sessions.insert((source?, target?))
+        }
+    };
+    let table = pass.tables.get(&chunk.table_id).ok_or_else(|| {
+        protocol_error(Side::Target, format!("chunk {} belongs to no table of the run", chunk.chunk_id))
+    })?;
+    let snapshot = pass.source_snapshot.as_deref().filter(|_| chunk.range.kind == RangeKind::Ctid);
+    let read = read::read_chunk(source, table, &chunk.range, snapshot, &pass.counters, spent.take()).await?;
+    failpoint::reach(Failpoint::Read).await;
+    let records = read.batch.packed_records().map_err(|e| {
+        Error::new(Side::Source, Kind::Protocol, format!("a record of the chunk: {e}")).because(e)
+    })?;
+    let mismatches = call(pass, chunk, target, &records).await?;
+    pass.counters.compared(read.bytes, read.batch.len() as u64, mismatches);
+    failpoint::reach(Failpoint::AfterCommit).await;
+    *spent = Some(read.batch);
+    Ok(())
+}
+
+/// Has the target compare the records with its rows, as they were when the pass began.
+async fn call(pass: &Pass, chunk: &Chunk, target: &Session, records: &[u8]) -> Result<u64> {
+    let statement = target.prepared("SELECT dedup.reconcile_chunk($1::bigint, $2::text, $3::bytea)").await?;
+    let begin = format!(
+        "BEGIN ISOLATION LEVEL REPEATABLE READ; SET TRANSACTION SNAPSHOT {}; {GENERIC_PLANS}",
+        quote_literal(&pass.target_snapshot)
+    );
+    target.client.batch_execute(&begin).await.at(Side::Target, "entering the pass's snapshot")?;
+    let mismatches: i64 = target
+        .client
+        .query_one(&statement, &[&pass.id, &chunk.chunk_id, &records])
+        .await
+        .and_then(|row| row.try_get(0))
+        .at(Side::Target, "reconcile_chunk")?;
+    failpoint::reach(Failpoint::BeforeCommit).await;
+    target.client.batch_execute("COMMIT").await.at(Side::Target, "entering what was found")?;
+    Ok(mismatches.unsigned_abs())
+}
+
+/// What is left when every chunk is compared: sources that the target database sees, the index, the verdict.
+async fn conclude(admin: &Session, id: i64) -> Result<()> {
+    for (doing, sql) in [
+        ("reconcile_local_chunks", "SELECT dedup.reconcile_local_chunks($1)"),
+        ("settle_reconcile", "SELECT dedup.settle_reconcile($1)"),
+        ("close_reconcile", "SELECT dedup.close_reconcile($1)"),
+    ] {
+        admin.client.execute(sql, &[&id]).await.at(Side::Target, doing)?;
+    }
+    Ok(())
+}
