@@ -39,6 +39,15 @@ impl Place {
             key: entry.key.to_vec(),
         }
     }
+
+    /// Becomes what another entry says.
+    pub fn set(&mut self, entry: &Entry<'_>) {
+        self.ordinal = entry.stamp.ordinal;
+        self.tombstone = entry.stamp.tombstone;
+        self.row_digest = entry.row_digest;
+        self.key.clear();
+        self.key.extend_from_slice(entry.key);
+    }
 }
 
 /// Calls `hit(i, entry)` for entries of `digests[i]`, for every `i` in `wanted` (ascending), in segments that hold `oldest` or a later ordinal. `Break` from `hit` settles that digest: its

@@ -165,7 +165,7 @@ impl<'a> Comparison<'a> {
     fn explain(&mut self, snapshot: &Snapshot) -> Result<()> {
         let chunk = self.chunk;
         let mut quarantine = quarantined(chunk)?;
-        let ledger = if chunk.layout.key.is_empty() { Ledger::default() } else { Ledger::load(chunk)? };
+        let ledger = if chunk.layout.key.is_empty() { Ledger::new(Vec::new()) } else { Ledger::load(chunk)? };
         let mut losers: Vec<u32> = Vec::new();
         let mut unexplained: Vec<u32> = Vec::new();
         for (i, record) in self.records.iter().enumerate() {
@@ -397,13 +397,19 @@ impl<'a> ByKey<'a> {
     }
 }
 
-/// What a chunk dropped as duplicates, sorted.
-#[derive(Default)]
-struct Ledger(Vec<(Digest, Vec<u8>)>);
+/// What a chunk dropped as duplicates, by digest and key. Most of what it is asked for is not in it: the leading bits of a digest lead to the
+/// few lines it may be among.
+struct Ledger {
+    lines: Vec<(Digest, Vec<u8>)>,
+    /// Where the lines of each value of the leading bits begin, and where the last ones end.
+    starts: Vec<u32>,
+    /// How far a digest's prefix is shifted to get them.
+    shift: u32,
+}
 
 impl Ledger {
     fn load(chunk: &Chunk) -> Result<Self> {
-        Spi::connect(|client| {
+        let lines = Spi::connect(|client| -> Result<_> {
             let mut lines = Vec::new();
             let rows = client.select(
                 "SELECT l.entries FROM dedup.ordinals AS o JOIN dedup.ledger_block AS l USING (ordinal) WHERE o.run_id = $1 AND o.chunk_id = $2",
@@ -416,17 +422,33 @@ impl Ledger {
                     .map_err(|e| Error::corrupted("a ledger block is damaged").detail(e.to_string()))?;
                 lines.extend((0..block.len()).map(|i| block.entry(i)).map(|e| (e.digest, e.key.to_vec())));
             }
-            lines.sort_unstable();
-            Ok(Self(lines))
-        })
+            Ok(lines)
+        })?;
+        Ok(Self::new(lines))
+    }
+
+    fn new(mut lines: Vec<(Digest, Vec<u8>)>) -> Self {
+        lines.sort_unstable();
+        let bits = (lines.len().max(1).ilog2() + 1).min(24);
+        let shift = u64::BITS - bits;
+        let mut starts = vec![0; (1 << bits) + 1];
+        for (digest, _) in &lines {
+            starts[(digest.prefix() >> shift) as usize + 1] += 1;
+        }
+        for at in 1..starts.len() {
+            starts[at] += starts[at - 1];
+        }
+        Self { lines, starts, shift }
     }
 
     fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.lines.is_empty()
     }
 
     fn lists(&self, content: &Digest, key: &[u8]) -> bool {
-        self.0.binary_search_by(|(digest, k)| (digest, k.as_slice()).cmp(&(content, key))).is_ok()
+        let bucket = (content.prefix() >> self.shift) as usize;
+        let lines = &self.lines[self.starts[bucket] as usize..self.starts[bucket + 1] as usize];
+        lines.iter().any(|(digest, k)| digest == content && k == key)
     }
 }
 

@@ -189,31 +189,35 @@ impl Settlement<'_> {
         let blocks = Table::open("segment_block", Access::Read)?;
         let segments = segment::segments_of(self.target.id, self.snapshot)?;
         let mut current: Option<Digest> = None;
-        let mut said: Vec<Place> = Vec::new();
-        let mut close = |digest: Option<Digest>, said: &mut Vec<Place>| -> Result<()> {
-            if let Some(digest) = digest {
-                // One place is the rule.
-                let standing = match said.as_slice() {
-                    [only] if !only.tombstone => said.clone(),
-                    several => {
-                        let mut standing = several.to_vec();
-                        lookup::keep_standing(&mut standing);
-                        standing
-                    }
-                };
-                visit(&digest, said, &standing)?;
+        // What is said about the current content: the first `count` of these. The others keep their memory.
+        let (mut said, mut count): (Vec<Place>, usize) = (Vec::new(), 0);
+        let mut close = |digest: &Digest, said: &[Place]| match said {
+            // The rule.
+            [only] if !only.tombstone => visit(digest, said, said),
+            several => {
+                let mut standing = several.to_vec();
+                lookup::keep_standing(&mut standing);
+                visit(digest, said, &standing)
             }
-            said.clear();
-            Ok(())
         };
         Merge::new(&blocks, &segments, self.snapshot)?.for_each(|entry| {
             if current != Some(entry.digest) {
-                close(current.replace(entry.digest), &mut said)?;
+                if let Some(digest) = current.replace(entry.digest) {
+                    close(&digest, &said[..count])?;
+                }
+                count = 0;
             }
-            said.push(Place::of(entry));
+            match said.get_mut(count) {
+                Some(place) => place.set(entry),
+                None => said.push(Place::of(entry)),
+            }
+            count += 1;
             Ok(())
         })?;
-        close(current, &mut said)
+        match current {
+            Some(digest) => close(&digest, &said[..count]),
+            None => Ok(()),
+        }
     }
 
     /// Adds up the entries that must have a row; contents that the run wrote a second time are entered.
