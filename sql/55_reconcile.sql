@@ -5,10 +5,15 @@ CREATE FUNCTION dedup.hold_run(run uuid) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     PERFORM dedup.run_row(run);
-    IF NOT pg_try_advisory_lock(hashtextextended('dedup ' || run::text, 0)) THEN
-        RAISE EXCEPTION 'another session is reconciling run %', run USING ERRCODE = 'object_in_use',
-            HINT = 'Wait for it, or end it: SELECT pid FROM pg_locks WHERE locktype = ''advisory''.';
-    END IF;
+    -- A session that has just gone takes a moment to let go.
+    FOR try IN 1 .. 20 LOOP
+        IF pg_try_advisory_lock(hashtextextended('dedup ' || run::text, 0)) THEN
+            RETURN;
+        END IF;
+        PERFORM pg_sleep(0.1);
+    END LOOP;
+    RAISE EXCEPTION 'another session is reconciling run %', run USING ERRCODE = 'object_in_use',
+        HINT = 'Wait for it, or end it: SELECT pid FROM pg_locks WHERE locktype = ''advisory''.';
 END $$;
 COMMENT ON FUNCTION dedup.hold_run(uuid) IS 'keeps other sessions from reconciling the run until this one ends';
 

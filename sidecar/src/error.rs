@@ -49,6 +49,8 @@ pub enum Kind {
     ForeignKeyLater,
     /// More records refused in one chunk than the error budget allows.
     OverBudget,
+    /// The run is halted, because source and target differ.
+    Halted,
     /// A person asked to stop.
     Interrupted,
 }
@@ -168,7 +170,9 @@ impl Error {
         match self.kind {
             Kind::Connection | Kind::KeyAppeared | Kind::Interrupted => Policy::Retry,
             Kind::ForeignKeyLater => Policy::RetryAfterOthers,
-            Kind::Usage | Kind::Refused | Kind::Protocol | Kind::OverBudget => Policy::FailChunk,
+            Kind::Usage | Kind::Refused | Kind::Halted | Kind::Protocol | Kind::OverBudget => {
+                Policy::FailChunk
+            }
             Kind::Server => policy_of_sqlstate(self.sqlstate.as_deref().unwrap_or("XX000")),
         }
     }
@@ -183,6 +187,7 @@ impl Error {
             (None, Kind::KeyAppeared) => "23505",
             (None, Kind::ForeignKeyLater) => "23503",
             (None, Kind::OverBudget) => "54000",
+            (None, Kind::Halted) => "55000",
             (None, Kind::Usage | Kind::Refused | Kind::Server) => "XX000",
         }
     }
@@ -192,6 +197,7 @@ impl Error {
         match self.kind {
             Kind::Usage => 2,
             Kind::Interrupted => 130,
+            Kind::Halted => 4,
             _ => 1,
         }
     }

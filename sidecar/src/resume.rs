@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::cli::Verify;
 use crate::config::Job;
 use crate::conn::{Endpoint, Session};
-use crate::error::{At, Error, Result, Side};
+use crate::error::{At, Error, Kind, Result, Side};
 use crate::runs::{self, Run};
 use crate::setup;
 use crate::tables::{self, TableWork};
@@ -21,12 +21,12 @@ pub async fn resume(
     target: &Session,
 ) -> Result<Option<Session>> {
     match run.status.as_str() {
-        "created" | "running" | "paused" | "failed" | "done" => {}
+        "created" | "running" | "paused" | "failed" | "done" | "reconciled" => {}
         "halted" => {
-            return Err(Error::refused(format!(
-                "run {} is halted: a reconciliation found mismatches",
-                run.run_id
-            ))
+            return Err(Error::here(
+                Kind::Halted,
+                format!("run {} is halted: a reconciliation found mismatches", run.run_id),
+            )
             .hint("repair and reconcile it before anything else is written"));
         }
         other => {

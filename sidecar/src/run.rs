@@ -64,7 +64,7 @@ pub async fn run(job: &Job, resume: Option<&str>, stop: Stop) -> Result<u8> {
     drop(source);
     let run = runs::find(&ends.admin, &run_id.to_string()).await?;
     tracing::info!("run {run_id} ({}) from {} to {}", run.name, ends.source.place(), ends.target.place());
-    if run.status != "done" {
+    if !matches!(run.status.as_str(), "done" | "reconciled") {
         let resumable = |error: Error| match error.hint {
             Some(_) => error,
             None => {
@@ -76,7 +76,7 @@ pub async fn run(job: &Job, resume: Option<&str>, stop: Stop) -> Result<u8> {
     }
     let summary = Summary::load(&ends.admin, run_id).await?;
     summary.print(job.json)?;
-    if stop.finishing() && !matches!(summary.status.as_str(), "done" | "failed" | "halted") {
+    if stop.finishing() && !matches!(summary.status.as_str(), "done" | "reconciled" | "failed" | "halted") {
         tracing::warn!(
             "interrupted; pg-dedup-migrate run --resume {run_id} goes on, with the same --source and --target"
         );

@@ -65,6 +65,11 @@ impl Pair {
         self.sidecar("run").arg("--resume").arg("last")
     }
 
+    /// `reconcile last`.
+    pub fn reconcile(&self) -> Invocation {
+        self.sidecar("reconcile").arg("last")
+    }
+
     /// A further connection to the target.
     pub async fn target_again(&self) -> Db {
         Db::connect(&self.target_cluster, DATABASE).await

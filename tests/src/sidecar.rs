@@ -23,6 +23,8 @@ pub mod exit {
     pub const USAGE: i32 = 2;
     /// Done, with records left aside.
     pub const LEFT_ASIDE: i32 = 3;
+    /// Source and target differ; the run is halted.
+    pub const HALTED: i32 = 4;
 }
 
 /// Points inside a chunk at which a sidecar built with the feature `failpoints` can be made to stand still, in

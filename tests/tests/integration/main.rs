@@ -13,6 +13,7 @@ mod names;
 mod pauses;
 mod protocol;
 mod quarantine;
+mod reconcile;
 mod regressions;
 mod second_run;
 mod shapes;
