@@ -40,23 +40,19 @@ BEGIN
     IF (dedup.lock_run(run)).status <> 'running' THEN
         RETURN before;
     END IF;
-    WITH refusing AS (
-        SELECT q.chunk_id, t.target_id, c.ordinal, count(*) AS records
-        FROM dedup.quarantine AS q JOIN dedup.checkpoints AS c ON c.run_id = q.run_id AND c.chunk_id = q.chunk_id
-        JOIN dedup.run_tables AS t ON t.run_id = c.run_id AND t.table_id = c.table_id
-        WHERE q.run_id = run AND q.sqlstate = '23503' AND (t.source_spec ? 'local') = local GROUP BY 1, 2, 3
-    ), written AS (
-        SELECT t.target_id, max(c.ordinal) AS ordinal FROM dedup.checkpoints AS c
-        JOIN dedup.run_tables AS t ON t.run_id = c.run_id AND t.table_id = c.table_id
-        WHERE c.run_id = run AND c.inserted_count + c.updated_count > 0 GROUP BY 1
-    )
+    -- Only where the referenced table is written by the run, too. Whether that happened before or after the record was refused, nothing tells for
+    -- sure: ordinals are drawn before their chunks commit.
     SELECT coalesce(sum(r.records), 0), array_agg(r.chunk_id) INTO refused, chunks
-    FROM refusing AS r WHERE EXISTS (
-        SELECT FROM written AS w JOIN dedup.targets AS parent ON parent.target_id = w.target_id JOIN dedup.targets AS child ON child.target_id = r.target_id
+    FROM (SELECT q.chunk_id, t.target_id, count(*) AS records
+          FROM dedup.quarantine AS q JOIN dedup.checkpoints AS c ON c.run_id = q.run_id AND c.chunk_id = q.chunk_id
+          JOIN dedup.run_tables AS t ON t.run_id = c.run_id AND t.table_id = c.table_id
+          WHERE q.run_id = run AND q.sqlstate = '23503' AND (t.source_spec ? 'local') = local GROUP BY 1, 2) AS r
+    WHERE EXISTS (
+        SELECT FROM dedup.run_tables AS w JOIN dedup.targets AS parent ON parent.target_id = w.target_id JOIN dedup.targets AS child ON child.target_id = r.target_id
         JOIN pg_constraint AS f ON f.contype = 'f'
             AND (f.conrelid = child.target OR f.conrelid IN (SELECT p.relid FROM pg_partition_tree(child.target) AS p))
             AND (f.confrelid = parent.target OR f.confrelid IN (SELECT p.relid FROM pg_partition_tree(parent.target) AS p))
-        WHERE w.ordinal > r.ordinal);
+        WHERE w.run_id = run AND EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.table_id = w.table_id AND c.chunk_id <> r.chunk_id));
     IF refused > 0 AND (before IS NULL OR refused < before) THEN
         UPDATE dedup.checkpoints AS c SET status = 'pending', attempts = 0, not_before = NULL, written_at = NULL
         WHERE c.run_id = run AND c.chunk_id = ANY (chunks)
@@ -65,7 +61,7 @@ BEGIN
     END IF;
     RETURN refused;
 END $$;
-COMMENT ON FUNCTION dedup.retry_foreign_keys(uuid, bigint, bool) IS 'sets chunks with records that foreign keys refused, and later chunks may have satisfied, back to pending, if those are fewer than before; returns how many they are';
+COMMENT ON FUNCTION dedup.retry_foreign_keys(uuid, bigint, bool) IS 'sets chunks with records that foreign keys refused, and other chunks may have satisfied, back to pending, if those are fewer than before; returns how many they are';
 
 -- Tables of a run with chunks that were written and not read back.
 CREATE FUNCTION dedup.unverified_tables(run uuid) RETURNS SETOF int
