@@ -134,6 +134,7 @@ bench_shape() {
             measure "$shape.$side" side_run "$side" "$shape"
             if [ "$side" = dedup ]; then after_dedup "$shape"; fi
             check "$side" "$shape"
+            [ "$side" != dedup ] || measure "$shape.reconcile" side_reconcile "$shape"
         done
     done
 }

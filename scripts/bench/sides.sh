@@ -56,6 +56,11 @@ side_dedup() {
         --table "public.$shape" --content-columns "public.$shape:$(content_columns "$shape")" --workers 2 "$@"
 }
 
+# Every record and row read and hashed again, after side_dedup.
+side_reconcile() {
+    "$SIDECAR" reconcile last --source "$(cluster_url source "$1")" --target "$(cluster_url target bench)" --workers 2
+}
+
 side_pgcopydb() {
     PATH=$CLUSTER_BIN:$PATH pgcopydb clone --source "$(cluster_url source "$1")" --target "$(cluster_url target bench)" \
         --dir "$BENCH_DIR/pgcopydb" --table-jobs 2 --index-jobs 2 --split-tables-larger-than 100MB --no-owner --no-acl

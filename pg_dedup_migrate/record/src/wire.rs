@@ -395,6 +395,23 @@ mod tests {
         }
 
         #[test]
+        fn records_and_back(expected in vec((any::<[u8; 32]>(), any::<[u8; 32]>(), prop::option::of(vec(any::<u8>(), 0..9))), 0..6)) {
+            let mut packed = Vec::new();
+            for (content, row, key) in &expected {
+                let entry = RecordEntry { content: Digest(*content), row: Digest(*row), key: key.as_deref() };
+                entry.encode(&mut packed).unwrap();
+            }
+            let read: Result<Vec<_>, _> =
+                records(&packed).map(|r| r.map(|r| (r.content.0, r.row.0, r.key.map(<[u8]>::to_vec)))).collect();
+            prop_assert_eq!(read, Ok(expected.clone()));
+            for cut in 0..packed.len() {
+                let whole = records(&packed[..cut]).filter(Result::is_ok).count();
+                prop_assert!(whole <= expected.len());
+                prop_assert!(records(&packed[..cut]).all(|r| r.is_ok()) || records(&packed[..cut]).last().is_some_and(|r| r.is_err()));
+            }
+        }
+
+        #[test]
         fn digests_are_strictly_ascending(rows in rows()) {
             let list: Vec<[u8; 32]> = rows.iter().map(|row| row.0).collect();
             let flat = list.as_flattened();
@@ -430,6 +447,7 @@ mod tests {
             let _ = manifest(&data).count();
             let _ = ledger(&data).count();
             let _ = keys(&data).count();
+            let _ = records(&data).count();
             let _ = (digests(&data), row_digests(&data));
         }
     }

@@ -482,4 +482,14 @@ async fn the_documented_grants_are_enough() {
             .await;
     }
     assert_eq!(pair.target.column("SELECT DISTINCT status FROM dedup.runs").await, ["done"]);
+    let reconcile = Invocation::new("reconcile").args(&[
+        "last",
+        "--source",
+        &url(&pair.source_cluster, "reader"),
+        "--target",
+        &url(&pair.target_cluster, "loader"),
+    ]);
+    reconcile.exits(exit::DONE).await;
+    pair.target.exec("DELETE FROM x.orders WHERE id = 1").await;
+    reconcile.exits(exit::HALTED).await;
 }
