@@ -396,3 +396,51 @@ async fn passes_that_do_not_count() {
     assert_eq!(db.one::<String>(&format!("SELECT dedup.close_reconcile({pass})")).await, "abandoned");
     assert_eq!(statuses(db).await, [line(&["running", "abandoned"])]);
 }
+
+/// The queries that are shipped, as psql runs them.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_queries_of_a_dba() {
+    const QUERIES: &str = include_str!("../../../sql/queries/reconciliation.sql");
+    let pair = items(&BY_NUMBER).await;
+    let db = &pair.target;
+    db.exec("DELETE FROM public.items WHERE n = 100").await;
+    pair.reconcile().exits(exit::HALTED).await;
+    let run: String = db.one("SELECT run_id::text FROM dedup.runs").await;
+    let dropped: String =
+        db.one("SELECT min(source_key) FROM dedup.duplicates WHERE source_key <> 'k=16000'").await;
+    let file = pair.target_cluster.write_secret("reconciliation.sql", QUERIES);
+    let output = pair.target_cluster.program(
+        "psql",
+        &[
+            "-X",
+            "-At",
+            "-F",
+            " ",
+            "-d",
+            "it",
+            "-v",
+            &format!("run={run}"),
+            "-v",
+            &format!("key={dropped}"),
+            "-f",
+            &file.display().to_string(),
+        ],
+    );
+    let survivor: String =
+        db.one(&format!("SELECT survivor FROM dedup.duplicates WHERE source_key = '{dropped}'")).await;
+    for expected in [
+        "public.items items 2000 1500 0 0 500 0".to_owned(),
+        "items 1499".to_owned(),
+        "mismatch f".to_owned(),
+        "2000 1499 499 0 2 0 0 0 0 0".to_owned(),
+        "missing items k=1000 ".to_owned(),
+        "missing items k=16000 ".to_owned(),
+        format!("{dropped} {survivor}"),
+        "1:000001 verified".to_owned(),
+    ] {
+        assert!(output.contains(&expected), "no \"{expected}\" in\n{output}");
+    }
+    let books: Vec<&str> =
+        output.lines().filter(|line| line.starts_with("1:") && line.contains(" verified ")).collect();
+    assert!(books.len() > 10 && books.iter().all(|line| line.ends_with(" t")), "{books:?}");
+}
