@@ -395,10 +395,11 @@ CREATE TABLE dedup.reconciled_chunks (
     row_count        bigint,
     row_sum          bigint,
     seen             bytea,
+    sought           bytea,
     compared_at      timestamptz NOT NULL DEFAULT clock_timestamp(),
     PRIMARY KEY (reconciliation_id, chunk_id)
 );
-ALTER TABLE dedup.reconciled_chunks ALTER seen SET STORAGE EXTERNAL;
+ALTER TABLE dedup.reconciled_chunks ALTER seen SET STORAGE EXTERNAL, ALTER sought SET STORAGE EXTERNAL;
 COMMENT ON TABLE  dedup.reconciled_chunks IS 'what a pass found of each chunk; a pass that was cut off goes on with the others';
 COMMENT ON COLUMN dedup.reconciled_chunks.reconciliation_id IS 'the pass';
 COMMENT ON COLUMN dedup.reconciled_chunks.chunk_id IS 'the chunk';
@@ -417,6 +418,7 @@ COMMENT ON COLUMN dedup.reconciled_chunks.source_is_same IS 'count and checksum 
 COMMENT ON COLUMN dedup.reconciled_chunks.row_count IS 'rows of the target in the chunk''s key range; null where keys are ordered otherwise, or another source of the run counts them';
 COMMENT ON COLUMN dedup.reconciled_chunks.row_sum IS 'sum of hashes over content and key of these rows, mod 2^64';
 COMMENT ON COLUMN dedup.reconciled_chunks.seen IS 'where row_count is null: hashes of the keys found in the target, of the contents for a table without a key';
+COMMENT ON COLUMN dedup.reconciled_chunks.sought IS 'until the pass is settled: dropped records whose content the index does not have, packed as a ledger';
 COMMENT ON COLUMN dedup.reconciled_chunks.compared_at IS 'when';
 
 CREATE TABLE dedup.divergences (

@@ -369,7 +369,7 @@ BEGIN
             HINT = format('SELECT dedup.reindex_target(%1$L) hashes the rows anew; SELECT dedup.forget_target(%1$L) drops the index.%2$s', t.target,
                 (SELECT format(' Before that, give up run %1$s: SELECT dedup.cancel_run(%1$L).', min(r.run_id::text))
                  FROM dedup.run_tables AS x JOIN dedup.runs AS r USING (run_id)
-                 WHERE x.target_id = target_number AND r.status IN ('running', 'paused', 'failed', 'halted') HAVING count(*) > 0));
+                 WHERE x.target_id = target_number AND r.status IN ('running', 'paused', 'failed') HAVING count(*) > 0));
     END IF;
     IF NOT t.filenodes @> now_nodes THEN
         -- What another transaction has added meanwhile stays: its file is the one that its chunk has seen.

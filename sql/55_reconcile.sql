@@ -99,7 +99,8 @@ BEGIN
             'extra', sum(k.extra_count), 'surviving_duplicate', sum(k.surviving_duplicate_count), 'foreign', sum(k.foreign_count),
             'source_changed', sum(k.source_changed_count), 'snapshot', p.target_snapshot)
     INTO mismatches, told FROM dedup.reconciled_chunks AS k WHERE k.reconciliation_id = reconciliation;
-    UPDATE dedup.reconciled_chunks AS k SET seen = NULL WHERE k.reconciliation_id = reconciliation AND k.seen IS NOT NULL;
+    UPDATE dedup.reconciled_chunks AS k SET seen = NULL, sought = NULL
+    WHERE k.reconciliation_id = reconciliation AND (k.seen IS NOT NULL OR k.sought IS NOT NULL);
     IF mismatches > 0 THEN
         result := 'mismatch';
         -- The run first: a mismatch can only be entered for a run that is held.

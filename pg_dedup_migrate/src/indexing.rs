@@ -45,7 +45,8 @@ fn reindex_target(target: PgRelation) -> Result<i64, ErrorReport> {
     shmem::attached()?;
     lock_exclusively(&target)?;
     refuse_row_security(&target)?;
-    refuse_open_runs(&target)?;
+    // A halted run stays so until it is reconciled, which needs an index that describes the rows there are.
+    refuse_open_runs(&target, &["running", "paused", "failed", "rolling_back"])?;
     drop_entries(target.id)?;
     Spi::run_with_args(
         "UPDATE dedup.targets SET filenodes = dedup.leaf_filenodes(target) WHERE target_id = $1",
@@ -63,7 +64,7 @@ fn reindex_target(target: PgRelation) -> Result<i64, ErrorReport> {
 fn forget_target(target: PgRelation) -> Result<i64, ErrorReport> {
     let target = Target::of(target.oid())?;
     lock_exclusively(&target)?;
-    refuse_open_runs(&target)?;
+    refuse_open_runs(&target, &["running", "paused", "failed", "halted", "rolling_back"])?;
     let segments = drop_entries(target.id)?;
     Spi::run_with_args(
         "UPDATE dedup.targets SET filenodes = dedup.leaf_filenodes(target), indexed_at = NULL WHERE target_id = $1",
@@ -100,11 +101,11 @@ fn refuse_row_security(target: &Target) -> Result<()> {
 }
 
 /// A run that is open counts on its entries: without them it would write its own records again, or never miss what is gone.
-fn refuse_open_runs(target: &Target) -> Result<()> {
+fn refuse_open_runs(target: &Target, statuses: &[&str]) -> Result<()> {
     let open = Spi::get_one_with_args::<String>(
         "SELECT pg_catalog.min(r.run_id::pg_catalog.text) FROM dedup.run_tables AS t JOIN dedup.runs AS r USING (run_id) \
-         WHERE t.target_id = $1 AND r.status IN ('running', 'paused', 'failed', 'halted', 'rolling_back')",
-        &[target.id.into()],
+         WHERE t.target_id = $1 AND r.status OPERATOR(pg_catalog.=) ANY ($2)",
+        &[target.id.into(), statuses.iter().map(|&status| status.to_owned()).collect::<Vec<_>>().into()],
     )?;
     let Some(run) = open else { return Ok(()) };
     Err(Error::new(

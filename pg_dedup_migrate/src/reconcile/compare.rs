@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use pg_dedup_record::block::BlockView;
 use pg_dedup_record::checksum::Checksum;
 use pg_dedup_record::digest::Digest;
-use pg_dedup_record::wire::RecordEntry;
+use pg_dedup_record::wire::{LedgerEntry, RecordEntry};
 use pg_dedup_record::{BatchBuilder, pgcopy};
 use pgrx::prelude::*;
 
@@ -53,6 +53,8 @@ struct Comparison<'a> {
     rows: Option<(i64, u64)>,
     /// Hashes of what was found, where it does not.
     seen: Vec<u64>,
+    /// Dropped records whose content the index does not have, packed.
+    sought: Vec<u8>,
     source_is_same: bool,
     duplicates: i64,
     quarantined: i64,
@@ -70,6 +72,7 @@ impl<'a> Comparison<'a> {
             strangers: Vec::new(),
             rows: None,
             seen: Vec::new(),
+            sought: Vec::new(),
             source_is_same: (records.len() as i64, sum) == chunk.read,
             duplicates: 0,
             quarantined: 0,
@@ -187,7 +190,8 @@ impl<'a> Comparison<'a> {
         self.judge_survivors_of_their_own(&ledger, snapshot)
     }
 
-    /// A record that was dropped is there if its content is. Whether the index speaks the truth is settled in the end.
+    /// A record that was dropped is there if its content is. What the index has of it is settled in the end; what it does not have is sought among
+    /// the rows then.
     fn look_for_survivors(&mut self, losers: &[u32], snapshot: &Snapshot) -> Result<()> {
         let mut digests: Vec<[u8; 32]> =
             losers.iter().map(|&i| *self.records[i as usize].content.as_bytes()).collect();
@@ -195,13 +199,18 @@ impl<'a> Comparison<'a> {
         digests.dedup();
         let wanted: Vec<u32> = (0..digests.len() as u32).collect();
         let present = lookup::present(self.chunk.target_id, &digests, &wanted, &[], snapshot)?;
+        let mut sought: Vec<LedgerEntry<'_>> = Vec::new();
         for &i in losers {
             let record = &self.records[i as usize];
-            match digests.binary_search(record.content.as_bytes()) {
-                Ok(at) if present[at] => self.duplicates += 1,
-                _ => self.findings.add(Kind::Missing, record.key.unwrap_or_default(), record.content),
+            if !digests.binary_search(record.content.as_bytes()).is_ok_and(|at| present[at]) {
+                sought.push(LedgerEntry { digest: record.content, key: record.key.unwrap_or_default() });
             }
         }
+        sought.sort_unstable_by_key(|loser| (loser.digest, loser.key));
+        for loser in &sought {
+            loser.encode(&mut self.sought).map_err(|e| Error::invalid(e.to_string()))?;
+        }
+        self.duplicates += losers.len() as i64;
         Ok(())
     }
 
@@ -343,8 +352,8 @@ impl<'a> Comparison<'a> {
         Spi::run_with_args(
             "INSERT INTO dedup.reconciled_chunks (reconciliation_id, chunk_id, table_id, source_count, present_count, duplicate_count, quarantined_count, \
                  missing_count, changed_count, extra_count, surviving_duplicate_count, foreign_count, source_changed_count, source_is_same, \
-                 row_count, row_sum, seen) \
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8[1], $8[2], $8[3], $8[4], $8[5], $8[6], $9, $10, $11, $12)",
+                 row_count, row_sum, seen, sought) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8[1], $8[2], $8[3], $8[4], $8[5], $8[6], $9, $10, $11, $12, $13)",
             &[
                 chunk.reconciliation.into(),
                 chunk.chunk_id.as_str().into(),
@@ -358,6 +367,7 @@ impl<'a> Comparison<'a> {
                 row_count.into(),
                 row_sum.into(),
                 seen.into(),
+                (!self.sought.is_empty()).then_some(self.sought).into(),
             ],
         )?;
         self.findings.enter(chunk.reconciliation, chunk.run, &chunk.chunk_id, chunk.target_id, |key| {

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use pg_dedup_record::block::BlockView;
 use pg_dedup_record::digest::Digest;
+use pg_dedup_record::wire;
 use pgrx::Uuid;
 use pgrx::prelude::*;
 
@@ -59,10 +60,13 @@ pub fn settle(reconciliation: i64) -> Result<()> {
             findings: BTreeMap::new(),
         };
         let indexed = settlement.walk_index()?;
+        // Contents that the index does not have stand nowhere if it has an entry for every row.
+        let mut gone: HashSet<[u8; 32]> = settlement.compared.sought.iter().map(|l| l.content.0).collect();
         if settlement.compared.rows != Some(indexed) {
-            let gone = settlement.audit()?;
+            settlement.audit(&mut gone)?;
             settlement.losers_of(&gone)?;
         }
+        settlement.sought_in_vain(&gone);
         settlement.enter(reconciliation)?;
     }
     Ok(())
@@ -80,6 +84,15 @@ struct Compared {
     some_chunk: BTreeMap<i32, String>,
     /// Pairs whose source is what it was.
     unchanged: HashMap<i32, bool>,
+    /// Dropped records whose content the index does not have.
+    sought: Vec<Loser>,
+}
+
+/// A record that was dropped as a duplicate.
+struct Loser {
+    chunk: String,
+    content: Digest,
+    key: Vec<u8>,
 }
 
 impl Compared {
@@ -91,9 +104,10 @@ impl Compared {
                 counts_rows: false,
                 some_chunk: BTreeMap::new(),
                 unchanged: HashMap::new(),
+                sought: Vec::new(),
             };
             let rows = client.select(
-                "SELECT k.table_id, k.chunk_id, k.row_count, k.row_sum, k.seen, k.source_is_same \
+                "SELECT k.table_id, k.chunk_id, k.row_count, k.row_sum, k.seen, k.sought, k.source_is_same \
                  FROM dedup.reconciliations AS p JOIN dedup.run_tables AS t USING (run_id) \
                      JOIN dedup.reconciled_chunks AS k ON k.reconciliation_id = p.reconciliation_id AND k.table_id = t.table_id \
                  WHERE p.reconciliation_id = $1 AND t.target_id = $2 ORDER BY k.chunk_id",
@@ -103,6 +117,16 @@ impl Compared {
             for row in rows {
                 let table: i32 = required(row["table_id"].value()?)?;
                 let chunk: String = required(row["chunk_id"].value()?)?;
+                if let Some(sought) = row["sought"].value::<Vec<u8>>()? {
+                    for line in wire::ledger(&sought) {
+                        let line = line.map_err(|e| Error::corrupted(format!("what a chunk sought: {e}")))?;
+                        compared.sought.push(Loser {
+                            chunk: chunk.clone(),
+                            content: line.digest,
+                            key: line.key.to_vec(),
+                        });
+                    }
+                }
                 compared.some_chunk.entry(table).or_insert(chunk);
                 *compared.unchanged.entry(table).or_insert(true) &=
                     required::<bool>(row["source_is_same"].value()?)?;
@@ -272,14 +296,13 @@ impl Settlement<'_> {
     }
 
     /// Compares entries with rows, as many at a time as fit `maintenance_work_mem`: those of a range of digests, by one scan of the target.
-    /// Returns the contents that the index has and no row holds.
-    fn audit(&mut self) -> Result<HashSet<[u8; 32]>> {
+    /// What a row holds leaves `gone`; what the index has and no row holds is added to it.
+    fn audit(&mut self, gone: &mut HashSet<[u8; 32]>) -> Result<()> {
         let mut entries = 0usize;
         self.for_each_content(|_, _, standing| {
             entries += standing.len();
             Ok(())
         })?;
-        let mut gone = HashSet::new();
         for pass in Passes::of(entries, size_of::<Expected>()).each() {
             let mut expected: Vec<Expected> = Vec::new();
             self.for_each_content(|digest, _, standing| {
@@ -295,7 +318,7 @@ impl Settlement<'_> {
                 Ok(())
             })?;
             expected.sort_unstable_by_key(|e| (e.digest, e.subject));
-            self.scan(&mut expected, pass)?;
+            self.scan(&mut expected, gone, pass)?;
             for group in expected.chunk_by(|a, b| a.digest == b.digest) {
                 if !group.iter().any(|e| e.found || e.elsewhere) {
                     gone.insert(group[0].digest);
@@ -305,10 +328,10 @@ impl Settlement<'_> {
                 self.judge_contents(&expected)?;
             }
         }
-        Ok(gone)
+        Ok(())
     }
 
-    fn scan(&mut self, expected: &mut [Expected], pass: Pass) -> Result<()> {
+    fn scan(&mut self, expected: &mut [Expected], gone: &mut HashSet<[u8; 32]>, pass: Pass) -> Result<()> {
         let query = format!(
             "SELECT {} FROM {} AS t",
             column_list(&self.target.layout, "t"),
@@ -322,6 +345,7 @@ impl Settlement<'_> {
             if !pass.has(content.as_bytes()) {
                 return Ok(());
             }
+            gone.remove(content.as_bytes());
             key.clear();
             if !keyless {
                 row.write_key(&mut key)?;
@@ -405,11 +429,21 @@ impl Settlement<'_> {
         Ok(())
     }
 
-    /// Records that this run dropped for contents which are gone.
+    /// Dropped records whose content neither the index nor a row has.
+    fn sought_in_vain(&mut self, gone: &HashSet<[u8; 32]>) {
+        for loser in std::mem::take(&mut self.compared.sought) {
+            if gone.contains(loser.content.as_bytes()) {
+                self.add(loser.chunk, Kind::Missing, &loser.key, loser.content);
+            }
+        }
+    }
+
+    /// Records that this run dropped for contents which are gone, of those that the index has. The others are sought.
     fn losers_of(&mut self, gone: &HashSet<[u8; 32]>) -> Result<()> {
         if gone.is_empty() || self.keyless() {
             return Ok(());
         }
+        let sought: HashSet<[u8; 32]> = self.compared.sought.iter().map(|l| l.content.0).collect();
         let mut lost: Vec<(String, Vec<u8>, Digest)> = Vec::new();
         Spi::connect(|client| -> Result<()> {
             let mut cursor = client.open_cursor(
@@ -427,7 +461,7 @@ impl Settlement<'_> {
                     let block = BlockView::parse(&bytes)
                         .map_err(|e| Error::corrupted("a ledger block is damaged").detail(e.to_string()))?;
                     for line in (0..block.len()).map(|i| block.entry(i)) {
-                        if gone.contains(line.digest.as_bytes()) {
+                        if gone.contains(line.digest.as_bytes()) && !sought.contains(line.digest.as_bytes()) {
                             lost.push((required(row["chunk_id"].value()?)?, line.key.to_vec(), line.digest));
                         }
                     }
