@@ -350,6 +350,7 @@ CREATE TABLE dedup.reconciliations (
     last_ordinal     bigint NOT NULL,
     target_snapshot  text,
     started_at       timestamptz NOT NULL DEFAULT clock_timestamp(),
+    settled_at       timestamptz,
     finished_at      timestamptz,
     released_by      bigint,
     is_clean         bool NOT NULL GENERATED ALWAYS AS (verdict = 'clean') STORED,
@@ -367,15 +368,40 @@ COMMENT ON COLUMN dedup.reconciliations.reconciliation_id IS 'number of the pass
 COMMENT ON COLUMN dedup.reconciliations.run_id IS 'the run';
 COMMENT ON COLUMN dedup.reconciliations.verdict IS 'open (in progress), clean, mismatch (the run is halted) or abandoned (the run went on meanwhile, or another pass began)';
 COMMENT ON COLUMN dedup.reconciliations.is_strict IS 'records that changed in the source since they were read are mismatches too';
-COMMENT ON COLUMN dedup.reconciliations.last_ordinal IS 'highest ordinal of the run when the pass began: a pass holds for what was written by then';
-COMMENT ON COLUMN dedup.reconciliations.target_snapshot IS 'the target''s snapshot under which rows were compared; one a session, where the pass was resumed';
+COMMENT ON COLUMN dedup.reconciliations.last_ordinal IS 'highest ordinal of the run''s targets when the pass began: a pass holds for what was written by then';
+COMMENT ON COLUMN dedup.reconciliations.target_snapshot IS 'the target''s snapshot under which rows were compared; several where a pass was taken up: chunks compared before had the same rows under the last';
 COMMENT ON COLUMN dedup.reconciliations.started_at IS 'when it began';
+COMMENT ON COLUMN dedup.reconciliations.settled_at IS 'when the index had been compared with the rows';
 COMMENT ON COLUMN dedup.reconciliations.finished_at IS 'when the verdict was given';
 COMMENT ON COLUMN dedup.reconciliations.released_by IS 'of a mismatch: the later clean pass that released it';
 COMMENT ON COLUMN dedup.reconciliations.is_clean IS 'the verdict is clean';
 COMMENT ON COLUMN dedup.reconciliations.by_clean IS 'released_by must be a clean pass';
 COMMENT ON COLUMN dedup.reconciliations.holds IS 'the run, as long as a mismatch is not released';
 COMMENT ON COLUMN dedup.reconciliations.holds_it IS 'what is_held of that run must be';
+
+-- A verdict is given once. Without that, the hold would last only until somebody edits it.
+CREATE FUNCTION dedup.keep_verdict() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF TG_OP = 'DELETE' THEN
+        IF OLD.verdict <> 'mismatch' OR OLD.released_by IS NOT NULL THEN
+            RETURN OLD;
+        END IF;
+    ELSIF TG_OP = 'INSERT' THEN
+        -- A restore brings verdicts along.
+        IF NEW.verdict = 'open' OR (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN
+            RETURN NEW;
+        END IF;
+    ELSIF OLD.verdict = 'open' OR (NEW.verdict, NEW.run_id, NEW.is_strict, NEW.reconciliation_id) = (OLD.verdict, OLD.run_id, OLD.is_strict, OLD.reconciliation_id)
+        AND (OLD.released_by IS NULL OR NEW.released_by = OLD.released_by) THEN
+        RETURN NEW;
+    END IF;
+    RAISE EXCEPTION 'the verdict of a reconciliation stands' USING ERRCODE = 'object_not_in_prerequisite_state',
+        HINT = 'A mismatch is released by a later pass that is clean: mend the target and reconcile the run again.';
+END $$;
+COMMENT ON FUNCTION dedup.keep_verdict() IS 'trigger: a verdict is given once, and a mismatch is not forgotten';
+CREATE TRIGGER keep_verdict BEFORE INSERT OR UPDATE OR DELETE ON dedup.reconciliations FOR EACH ROW EXECUTE FUNCTION dedup.keep_verdict();
+ALTER TABLE dedup.reconciliations ENABLE ALWAYS TRIGGER keep_verdict;
+COMMENT ON TRIGGER keep_verdict ON dedup.reconciliations IS 'a verdict is given once';
 
 CREATE TABLE dedup.reconciled_chunks (
     reconciliation_id bigint NOT NULL REFERENCES dedup.reconciliations ON DELETE CASCADE,
@@ -394,12 +420,15 @@ CREATE TABLE dedup.reconciled_chunks (
     source_is_same   bool NOT NULL,
     row_count        bigint,
     row_sum          bigint,
+    row_checksum     bytea,
     seen             bytea,
+    dropped          bytea,
     sought           bytea,
+    target_snapshot  text NOT NULL,
     compared_at      timestamptz NOT NULL DEFAULT clock_timestamp(),
     PRIMARY KEY (reconciliation_id, chunk_id)
 );
-ALTER TABLE dedup.reconciled_chunks ALTER seen SET STORAGE EXTERNAL, ALTER sought SET STORAGE EXTERNAL;
+ALTER TABLE dedup.reconciled_chunks ALTER seen SET STORAGE EXTERNAL, ALTER dropped SET STORAGE EXTERNAL, ALTER sought SET STORAGE EXTERNAL;
 COMMENT ON TABLE  dedup.reconciled_chunks IS 'what a pass found of each chunk; a pass that was cut off goes on with the others';
 COMMENT ON COLUMN dedup.reconciled_chunks.reconciliation_id IS 'the pass';
 COMMENT ON COLUMN dedup.reconciled_chunks.chunk_id IS 'the chunk';
@@ -417,8 +446,11 @@ COMMENT ON COLUMN dedup.reconciled_chunks.source_changed_count IS 'records that 
 COMMENT ON COLUMN dedup.reconciled_chunks.source_is_same IS 'count and checksum of the source''s records are those of the checkpoint';
 COMMENT ON COLUMN dedup.reconciled_chunks.row_count IS 'rows of the target in the chunk''s key range; null where keys are ordered otherwise, or another source of the run counts them';
 COMMENT ON COLUMN dedup.reconciled_chunks.row_sum IS 'sum of hashes over content and key of these rows, mod 2^64';
+COMMENT ON COLUMN dedup.reconciled_chunks.row_checksum IS 'sum of the row digests in the chunk''s key range: a pass that is taken up compares a chunk anew where it changed';
 COMMENT ON COLUMN dedup.reconciled_chunks.seen IS 'where row_count is null: hashes of the keys found in the target, of the contents for a table without a key';
+COMMENT ON COLUMN dedup.reconciled_chunks.dropped IS 'until the verdict: hashes of content and key of the records that count as duplicates';
 COMMENT ON COLUMN dedup.reconciled_chunks.sought IS 'until the pass is settled: dropped records whose content the index does not have, packed as a ledger';
+COMMENT ON COLUMN dedup.reconciled_chunks.target_snapshot IS 'the target''s snapshot that it was compared under, as pg_current_snapshot() has it';
 COMMENT ON COLUMN dedup.reconciled_chunks.compared_at IS 'when';
 
 CREATE TABLE dedup.divergences (

@@ -351,8 +351,8 @@ COMMENT ON FUNCTION dedup.lock_class() IS 'first key of this extension''s adviso
 
 -- Entries describe rows of certain files; other files mean TRUNCATE, a rewrite, DROP and CREATE, or a restore.
 -- A leaf that was added since is remembered from now on: what the run writes into it is described by entries too.
-CREATE FUNCTION dedup.check_filenodes(target_number int) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+CREATE FUNCTION dedup.refuse_replaced(target_number int) RETURNS jsonb
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     t dedup.targets;
     now_nodes jsonb;
@@ -371,10 +371,17 @@ BEGIN
                  FROM dedup.run_tables AS x JOIN dedup.runs AS r USING (run_id)
                  WHERE x.target_id = target_number AND r.status IN ('running', 'paused', 'failed') HAVING count(*) > 0));
     END IF;
-    IF NOT t.filenodes @> now_nodes THEN
-        -- What another transaction has added meanwhile stays: its file is the one that its chunk has seen.
-        UPDATE dedup.targets AS x SET filenodes = now_nodes || x.filenodes WHERE x.target_id = target_number;
-    END IF;
+    RETURN now_nodes;
+END $$;
+COMMENT ON FUNCTION dedup.refuse_replaced(int) IS 'refuses a target whose rows were replaced behind the hash index; returns its leaves and their files';
+
+CREATE FUNCTION dedup.check_filenodes(target_number int) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    now_nodes jsonb := dedup.refuse_replaced(target_number);
+BEGIN
+    -- What another transaction has added meanwhile stays: its file is the one that its chunk has seen.
+    UPDATE dedup.targets AS x SET filenodes = now_nodes || x.filenodes WHERE x.target_id = target_number AND NOT x.filenodes @> now_nodes;
 END $$;
 COMMENT ON FUNCTION dedup.check_filenodes(int) IS 'refuses a target whose rows were replaced behind the hash index; remembers new leaves';
 
@@ -469,7 +476,7 @@ BEGIN
             DETAIL = format('Only a run that is %s can become %s.', array_to_string(allowed, ' or '), new_status);
     END IF;
     UPDATE dedup.runs AS r SET status = new_status, started_at = CASE WHEN new_status = 'running' THEN coalesce(started_at, clock_timestamp()) ELSE started_at END,
-        finished_at = CASE WHEN new_status IN ('done', 'failed', 'cancelled') THEN clock_timestamp() END
+        finished_at = CASE WHEN new_status IN ('done', 'failed', 'cancelled') THEN clock_timestamp() WHEN new_status IN ('halted', 'reconciled') THEN finished_at END
     WHERE r.run_id = run;
     PERFORM dedup.log_event(run, NULL, event, jsonb_build_object('from', old, 'to', new_status));
     RETURN new_status;

@@ -17,12 +17,20 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION dedup.hold_run(uuid) IS 'keeps other sessions from reconciling the run until this one ends';
 
--- Takes up a pass that was cut off, unless the run has written something since.
+-- Highest ordinal of a run's targets, whoever drew it.
+CREATE FUNCTION dedup.last_ordinal(run uuid) RETURNS bigint
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT coalesce(max(o.ordinal), 0) FROM dedup.ordinals AS o WHERE o.target_id IN (SELECT t.target_id FROM dedup.run_tables AS t WHERE t.run_id = run)
+$$;
+COMMENT ON FUNCTION dedup.last_ordinal(uuid) IS 'highest ordinal of a run''s targets: it grows with everything that is written there';
+
+-- Takes up a pass that was cut off, unless something was written since.
 CREATE FUNCTION dedup.begin_reconcile(run uuid, strict bool DEFAULT false) RETURNS bigint
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     r dedup.runs := dedup.lock_run(run);
-    last bigint := (SELECT coalesce(max(o.ordinal), 0) FROM dedup.ordinals AS o WHERE o.run_id = run);
+    last bigint := dedup.last_ordinal(run);
+    other text;
     id bigint;
 BEGIN
     IF r.status NOT IN ('done', 'reconciled', 'halted') THEN
@@ -31,7 +39,13 @@ BEGIN
             HINT = CASE WHEN r.status IN ('created', 'running', 'paused', 'failed')
                         THEN format('pg-dedup-migrate run --resume %s goes on.', run) ELSE 'Nothing is left to compare.' END;
     END IF;
-    PERFORM dedup.check_filenodes(g.target_id) FROM (SELECT DISTINCT t.target_id FROM dedup.run_tables AS t WHERE t.run_id = run) AS g;
+    SELECT string_agg(DISTINCT g.target::text, ', ') INTO other FROM dedup.run_tables AS t JOIN dedup.targets AS g USING (target_id)
+    WHERE t.run_id = run AND g.signature <> dedup.signature_of(t.layout);
+    IF other IS NOT NULL THEN
+        RAISE EXCEPTION 'the hash index of % was made for other columns than the run''s', other USING ERRCODE = 'object_not_in_prerequisite_state',
+            DETAIL = 'What the run dropped as duplicates cannot be looked up in it.', HINT = 'Reconcile the run that made the index.';
+    END IF;
+    PERFORM dedup.refuse_replaced(g.target_id) FROM (SELECT DISTINCT t.target_id FROM dedup.run_tables AS t WHERE t.run_id = run) AS g;
     SELECT c.reconciliation_id INTO id FROM dedup.reconciliations AS c
     WHERE c.run_id = run AND c.verdict = 'open' AND c.is_strict = begin_reconcile.strict AND c.last_ordinal = last
     ORDER BY c.reconciliation_id DESC LIMIT 1;
@@ -47,12 +61,6 @@ BEGIN
     RETURN id;
 END $$;
 COMMENT ON FUNCTION dedup.begin_reconcile(uuid, bool) IS 'begins a pass over a run whose chunks are all verified, or takes up one that was cut off; returns its number';
-
-CREATE FUNCTION dedup.note_snapshot(reconciliation bigint, snapshot text) RETURNS void
-LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
-    UPDATE dedup.reconciliations AS p SET target_snapshot = concat_ws(' ', p.target_snapshot, snapshot) WHERE p.reconciliation_id = reconciliation
-$$;
-COMMENT ON FUNCTION dedup.note_snapshot(bigint, text) IS 'names the snapshot that chunks of a pass are compared under, as pg_current_snapshot() has it';
 
 -- Chunks that a pass has still to compare.
 CREATE FUNCTION dedup.chunks_to_reconcile(reconciliation bigint, OUT chunk_id text, OUT table_id int, OUT range_kind text, OUT range_lower text[],
@@ -73,6 +81,7 @@ DECLARE
     r dedup.runs;
     mismatches bigint;
     told jsonb;
+    seen_under text;
     result text;
 BEGIN
     SELECT * INTO p FROM dedup.reconciliations AS x WHERE x.reconciliation_id = reconciliation;
@@ -86,9 +95,12 @@ BEGIN
     END IF;
     IF EXISTS (SELECT FROM dedup.chunks_to_reconcile(reconciliation)) THEN
         RAISE EXCEPTION 'reconciliation % has chunks left to compare', reconciliation USING ERRCODE = 'object_not_in_prerequisite_state';
+    ELSIF p.settled_at IS NULL THEN
+        RAISE EXCEPTION 'reconciliation % is not settled', reconciliation USING ERRCODE = 'object_not_in_prerequisite_state',
+            HINT = format('SELECT dedup.settle_reconcile(%s);', reconciliation);
     END IF;
     IF r.status NOT IN ('done', 'reconciled', 'halted')
-        OR p.last_ordinal <> (SELECT coalesce(max(o.ordinal), 0) FROM dedup.ordinals AS o WHERE o.run_id = p.run_id) THEN
+        OR p.last_ordinal <> dedup.last_ordinal(p.run_id) THEN
         UPDATE dedup.reconciliations AS x SET verdict = 'abandoned', finished_at = clock_timestamp() WHERE x.reconciliation_id = reconciliation;
         PERFORM dedup.log_event(p.run_id, NULL, 'reconcile_abandoned', jsonb_build_object('reconciliation_id', reconciliation, 'status', r.status));
         RETURN 'abandoned';
@@ -97,27 +109,31 @@ BEGIN
         jsonb_build_object('reconciliation_id', reconciliation, 'source', sum(k.source_count), 'present', sum(k.present_count),
             'duplicate', sum(k.duplicate_count), 'quarantined', sum(k.quarantined_count), 'missing', sum(k.missing_count), 'changed', sum(k.changed_count),
             'extra', sum(k.extra_count), 'surviving_duplicate', sum(k.surviving_duplicate_count), 'foreign', sum(k.foreign_count),
-            'source_changed', sum(k.source_changed_count), 'snapshot', p.target_snapshot)
-    INTO mismatches, told FROM dedup.reconciled_chunks AS k WHERE k.reconciliation_id = reconciliation;
-    UPDATE dedup.reconciled_chunks AS k SET seen = NULL, sought = NULL
-    WHERE k.reconciliation_id = reconciliation AND (k.seen IS NOT NULL OR k.sought IS NOT NULL);
+            'source_changed', sum(k.source_changed_count)),
+        (SELECT string_agg(t.target_snapshot, ' ' ORDER BY t.last) FROM (SELECT u.target_snapshot, max(u.compared_at) AS last FROM dedup.reconciled_chunks AS u
+            WHERE u.reconciliation_id = reconciliation GROUP BY 1) AS t)
+    INTO mismatches, told, seen_under FROM dedup.reconciled_chunks AS k WHERE k.reconciliation_id = reconciliation;
+    UPDATE dedup.reconciled_chunks AS k SET seen = NULL, dropped = NULL, sought = NULL
+    WHERE k.reconciliation_id = reconciliation AND (k.seen IS NOT NULL OR k.dropped IS NOT NULL OR k.sought IS NOT NULL);
     IF mismatches > 0 THEN
         result := 'mismatch';
         -- The run first: a mismatch can only be entered for a run that is held.
         IF r.status <> 'halted' THEN
             PERFORM dedup.set_run_status(p.run_id, '{done,reconciled}', 'halted', 'run_halted');
         END IF;
-        UPDATE dedup.reconciliations AS x SET verdict = result, finished_at = clock_timestamp() WHERE x.reconciliation_id = reconciliation;
+        UPDATE dedup.reconciliations AS x SET verdict = result, finished_at = clock_timestamp(), target_snapshot = seen_under WHERE x.reconciliation_id = reconciliation;
         UPDATE dedup.divergences AS d SET state = 'superseded' WHERE d.run_id = p.run_id AND d.state = 'open' AND d.reconciliation_id <> reconciliation;
         PERFORM dedup.log_event(p.run_id, NULL, 'mismatch', told || '{"severity": "P1"}');
         PERFORM pg_notify('dedup_alerts', jsonb_build_object('severity', 'P1', 'alert', 'mismatch', 'run_id', p.run_id, 'mismatches', mismatches)::text);
     ELSE
         result := 'clean';
-        UPDATE dedup.reconciliations AS x SET verdict = result, finished_at = clock_timestamp() WHERE x.reconciliation_id = reconciliation;
+        UPDATE dedup.reconciliations AS x SET verdict = result, finished_at = clock_timestamp(), target_snapshot = seen_under WHERE x.reconciliation_id = reconciliation;
+        -- What was asked for strictly is answered strictly.
         UPDATE dedup.reconciliations AS x SET released_by = reconciliation
-        WHERE x.run_id = p.run_id AND x.verdict = 'mismatch' AND x.released_by IS NULL;
-        UPDATE dedup.divergences AS d SET state = 'released' WHERE d.run_id = p.run_id AND d.state = 'open';
-        IF r.status <> 'reconciled' THEN
+        WHERE x.run_id = p.run_id AND x.verdict = 'mismatch' AND x.released_by IS NULL AND (p.is_strict OR NOT x.is_strict);
+        UPDATE dedup.divergences AS d SET state = 'released' FROM dedup.reconciliations AS x
+        WHERE d.run_id = p.run_id AND d.state = 'open' AND x.reconciliation_id = d.reconciliation_id AND x.released_by IS NOT NULL;
+        IF r.status <> 'reconciled' AND NOT EXISTS (SELECT FROM dedup.reconciliations AS x WHERE x.holds = p.run_id) THEN
             PERFORM dedup.set_run_status(p.run_id, '{done,halted}', 'reconciled', 'run_reconciled');
         END IF;
         PERFORM dedup.log_event(p.run_id, NULL, 'reconciled', told);
@@ -141,7 +157,8 @@ BEGIN
     END IF;
     id := dedup.begin_reconcile(run, strict);
     -- One statement: every chunk is compared under one snapshot.
-    PERFORM dedup.note_snapshot(id, pg_current_snapshot()::text), dedup.reconcile_local_chunks(id);
+    PERFORM dedup.recheck_chunks(id);
+    PERFORM dedup.reconcile_local_chunks(id);
     PERFORM dedup.settle_reconcile(id);
     PERFORM dedup.close_reconcile(id);
     RETURN QUERY SELECT k.* FROM dedup.reconciled_chunks AS k WHERE k.reconciliation_id = id ORDER BY k.chunk_id;

@@ -37,6 +37,10 @@ COMMENT ON FUNCTION dedup.delete_superseded(uuid, text, bytea) IS 'removes rows 
 COMMENT ON FUNCTION dedup.add_lists(uuid, text, bytea, bytea) IS 'takes parts of manifest and ledger ahead of finish_chunk, which takes the last ones';
 COMMENT ON FUNCTION dedup.finish_chunk(uuid, text, bigint[], bytea, bytea, bytea, jsonb) IS 'writes manifest and ledger, reads the written rows back and closes the books; returns the ordinal';
 COMMENT ON FUNCTION dedup.verify_written(uuid, int, bool) IS 'compares what chunks of a run wrote and did not read back (tables without a key, runs that verify at the end) with the target''s rows, by scanning it; they become verified or failed; returns the rows missing or different; null: another session is at it';
+COMMENT ON FUNCTION dedup.reconcile_chunk(bigint, text, bytea) IS 'compares a chunk''s records with the target''s rows and enters what is found; returns the mismatches';
+COMMENT ON FUNCTION dedup.reconcile_local_chunks(bigint) IS 'reads and compares the chunks that are left of sources which this database sees; returns how many';
+COMMENT ON FUNCTION dedup.recheck_chunks(bigint) IS 'forgets chunks of a pass that is taken up whose rows in the target are others now; returns how many';
+COMMENT ON FUNCTION dedup.settle_reconcile(bigint) IS 'compares the hash index with the targets'' rows when every chunk is compared, and enters what that shows';
 COMMENT ON FUNCTION dedup.run_chunk(uuid, text) IS 'the work of migrate_chunk';
 
 -- Parts of the above.

@@ -1,8 +1,6 @@
 //! Indexing rows that stand in a table already, and dropping a table's entries.
 //!
 //! All of it takes the index's lock exclusively: no chunk is in flight on the target meanwhile.
-use std::collections::HashMap;
-
 use pg_dedup_record::block::{Entry, Stamp};
 use pg_dedup_record::digest::Digest;
 use pgrx::PgRelation;
@@ -14,9 +12,9 @@ use crate::error::{Error, Result};
 use crate::hash::rows;
 use crate::index::Target;
 use crate::keyset::{column_list, qualified_name};
-use crate::lookup::{self, Place};
+use crate::lookup;
 use crate::relation::{Access, Snapshot, Table};
-use crate::segment::{self, SegmentWriter, next_number};
+use crate::segment::{self, BlockReader, Segment, SegmentWriter, next_number};
 use crate::shmem::{self, filter};
 
 /// `dedup.index_existing`: hashes the rows that stand in a target into its index; returns the entries added. Rows that are indexed already
@@ -32,10 +30,13 @@ fn index_existing(target: PgRelation) -> Result<i64, ErrorReport> {
     refuse_row_security(&target)?;
     // Entries of rows that are gone would make later records duplicates of nothing: only a reindex may say that the files are new.
     Spi::run_with_args("SELECT dedup.check_filenodes($1)", &[target.id.into()]).map_err(Error::from)?;
-    Ok(index_rows(&target)?)
+    // Rows of one scan have different keys: only what was indexed before can stand there already.
+    let indexed_before = !segment::segments_of(target.id, &Snapshot::latest())?.is_empty();
+    Ok(index_rows(&target, if indexed_before { Before::Kept } else { Before::Nothing })?)
 }
 
-/// `dedup.reindex_target`: drops a target's entries and hashes its rows anew, whatever happened to them; returns the entries.
+/// `dedup.reindex_target`: drops a target's entries and hashes its rows anew, whatever happened to them; returns the entries. Rows that the old
+/// entries describe stay those of the run that wrote them.
 ///
 /// # Errors
 /// As [`index_existing`].
@@ -47,13 +48,57 @@ fn reindex_target(target: PgRelation) -> Result<i64, ErrorReport> {
     refuse_row_security(&target)?;
     // A halted run stays so until it is reconciled, which needs an index that describes the rows there are.
     refuse_open_runs(&target, &["running", "paused", "failed", "rolling_back"])?;
-    drop_entries(target.id)?;
     Spi::run_with_args(
         "UPDATE dedup.targets SET filenodes = dedup.leaf_filenodes(target) WHERE target_id = $1",
         &[target.id.into()],
     )
     .map_err(Error::from)?;
-    Ok(index_rows(&target)?)
+    let old: Vec<Segment> = segment::segments_of(target.id, &Snapshot::latest())?;
+    let before = if old.is_empty() {
+        Before::Nothing
+    } else if is_readable(&old)? {
+        Before::Renewed
+    } else {
+        pgrx::warning!("the old entries are damaged: which run wrote which row is not known any more");
+        drop_segments(&old)?;
+        Before::Nothing
+    };
+    let entries = index_rows(&target, before)?;
+    if before == Before::Renewed {
+        drop_segments(&old)?;
+    }
+    Ok(entries)
+}
+
+/// What becomes of rows that have an entry already.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Before {
+    /// None has.
+    Nothing,
+    /// They are left alone.
+    Kept,
+    /// They get another one under the same ordinal: the old ones go.
+    Renewed,
+}
+
+/// Can all of these be read?
+fn is_readable(segments: &[Segment]) -> Result<bool> {
+    let snapshot = Snapshot::latest();
+    let blocks = Table::open("segment_block", Access::Read)?;
+    let mut reader = BlockReader::new(&blocks, &snapshot)?;
+    for segment in segments {
+        match segment::for_each_entry(&mut reader, segment.id, |_| Ok(())) {
+            Err(error) if error.code() == PgSqlErrorCode::ERRCODE_DATA_CORRUPTED => return Ok(false),
+            read => read?,
+        }
+    }
+    Ok(true)
+}
+
+fn drop_segments(segments: &[Segment]) -> Result<()> {
+    let ids: Vec<i64> = segments.iter().map(|segment| segment.id).collect();
+    Spi::run_with_args("DELETE FROM dedup.segment_block WHERE segment_id = ANY ($1)", &[ids.clone().into()])?;
+    Ok(Spi::run_with_args("DELETE FROM dedup.segment WHERE segment_id = ANY ($1)", &[ids.into()])?)
 }
 
 /// `dedup.forget_target`: drops a target's entries; its rows stay. Returns the segments dropped.
@@ -129,11 +174,14 @@ fn drop_entries(target_id: i32) -> Result<i64> {
 /// One entry of a batch being indexed.
 struct Indexed {
     digest: Digest,
+    ordinal: i64,
     row_digest: [u8; 8],
     key: Vec<u8>,
+    /// It has an entry already.
+    stands: bool,
 }
 
-fn index_rows(target: &Target) -> Result<i64> {
+fn index_rows(target: &Target, before: Before) -> Result<i64> {
     /// Entries are sorted and written in batches of this many; memory about 100 bytes each.
     const BATCH: usize = 1_000_000;
     let query =
@@ -143,21 +191,25 @@ fn index_rows(target: &Target) -> Result<i64> {
         "INSERT INTO dedup.ordinals (ordinal, target_id) VALUES ($1, $2)",
         &[ordinal.into(), target.id.into()],
     )?;
-    // Rows of one scan have different keys: only what was indexed before can stand there already.
-    let indexed_before = !segment::segments_of(target.id, &Snapshot::latest())?.is_empty();
     let mut batch: Vec<Indexed> = Vec::new();
     let mut added = 0;
     rows::scan(&query, &[], &target.layout, 0, |row| {
         let digests = row.digests()?;
         let mut key = Vec::new();
         row.write_key(&mut key)?;
-        batch.push(Indexed { digest: digests.content, row_digest: digests.row.short(), key });
+        batch.push(Indexed {
+            digest: digests.content,
+            ordinal,
+            row_digest: digests.row.short(),
+            key,
+            stands: false,
+        });
         if batch.len() == BATCH {
-            added += write_batch(target, ordinal, indexed_before, &mut batch)?;
+            added += write_batch(target, before, &mut batch)?;
         }
         Ok(())
     })?;
-    added += write_batch(target, ordinal, indexed_before, &mut batch)?;
+    added += write_batch(target, before, &mut batch)?;
     Spi::run_with_args(
         "UPDATE dedup.targets SET indexed_at = pg_catalog.clock_timestamp(), filenodes = dedup.leaf_filenodes(target) WHERE target_id = $1",
         &[target.id.into()],
@@ -170,40 +222,39 @@ fn index_rows(target: &Target) -> Result<i64> {
     Ok(added)
 }
 
-/// Writes a batch as one segment, without what the index has already, and sets its filter bits before the commit.
-fn write_batch(target: &Target, ordinal: i64, indexed_before: bool, batch: &mut Vec<Indexed>) -> Result<i64> {
+/// Writes a batch as one segment and sets its filter bits before the commit.
+fn write_batch(target: &Target, before: Before, batch: &mut Vec<Indexed>) -> Result<i64> {
     batch.sort_unstable_by(|a, b| (&a.digest, &a.key).cmp(&(&b.digest, &b.key)));
     let mut digests: Vec<[u8; 32]> = batch.iter().map(|e| *e.digest.as_bytes()).collect();
     digests.dedup();
-    let wanted: Vec<u32> = if indexed_before { (0..digests.len() as u32).collect() } else { Vec::new() };
-    let snapshot = Snapshot::latest();
-    let known: HashMap<u32, Vec<Place>> =
-        lookup::places(target.id, &digests, &wanted, &snapshot)?.into_iter().collect();
+    let wanted: Vec<u32> =
+        if before == Before::Nothing { Vec::new() } else { (0..digests.len() as u32).collect() };
+    let known = lookup::places(target.id, &digests, &wanted, &Snapshot::latest())?;
+    for (group, places) in known {
+        let digest = &digests[group as usize];
+        let from = batch.partition_point(|e| e.digest.as_bytes() < digest);
+        for entry in batch[from..].iter_mut().take_while(|e| e.digest.as_bytes() == digest) {
+            if let Ok(at) = places.binary_search_by(|p| p.key.cmp(&entry.key)) {
+                entry.ordinal = places[at].ordinal.cast_signed();
+                entry.stands = true;
+            }
+        }
+    }
+    if before == Before::Kept {
+        batch.retain(|entry| !entry.stands);
+    } else {
+        batch.sort_unstable_by(|a, b| (&a.digest, a.ordinal, &a.key).cmp(&(&b.digest, b.ordinal, &b.key)));
+    }
     let blocks = Table::open("segment_block", Access::Insert)?;
     let segments = Table::open("segment", Access::Insert)?;
     let mut writer = SegmentWriter::new(&blocks, target.id, 0)?;
-    let mut added = 0;
-    let mut group = 0u32;
     for entry in batch.iter() {
-        while &digests[group as usize] != entry.digest.as_bytes() {
-            group += 1;
-        }
-        let stands = known
-            .get(&group)
-            .is_some_and(|places| places.binary_search_by(|p| p.key.cmp(&entry.key)).is_ok());
-        if !stands {
-            let stamp = Stamp { ordinal: ordinal as u64, tombstone: false };
-            writer.push(&Entry {
-                digest: entry.digest,
-                stamp,
-                row_digest: entry.row_digest,
-                key: &entry.key,
-            })?;
-            added += 1;
-        }
+        let stamp = Stamp { ordinal: entry.ordinal.cast_unsigned(), tombstone: false };
+        writer.push(&Entry { digest: entry.digest, stamp, row_digest: entry.row_digest, key: &entry.key })?;
     }
     filter::set_sorted(chunk::scope(target.id), digests.iter(), &mut Vec::new())?;
     writer.finish(&segments)?;
+    let added = batch.len() as i64;
     batch.clear();
     Ok(added)
 }

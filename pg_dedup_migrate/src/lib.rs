@@ -79,6 +79,7 @@ extension_sql_file!(
         "complete",
         reconcile::reconcile_chunk,
         reconcile::reconcile_local_chunks,
+        reconcile::recheck_chunks,
         reconcile::settle_reconcile
     ]
 );

@@ -71,8 +71,8 @@ pub async fn reconcile(job: &Job, wanted: &str, strict: bool, stop: Stop) -> Res
         .at(Side::Target, "reserving the run")?;
     let id = begin(&admin, &run, strict).await?;
     // After that, so that the snapshot knows of the pass.
-    let (keeper, target_snapshot) = setup::export_snapshot(&target).await?;
-    note_snapshot(&admin, id, &keeper).await?;
+    let (_keeper, target_snapshot) = setup::export_snapshot(&target).await?;
+    recheck(&admin, id, &target_snapshot).await?;
     tracing::info!("reconciling run {} ({}), pass {id}", run.run_id, run.name);
     let resumable = |error: Error| match error.hint {
         Some(_) => error,
@@ -108,7 +108,14 @@ pub async fn reconcile(job: &Job, wanted: &str, strict: bool, stop: Stop) -> Res
         tracing::warn!("interrupted; pg-dedup-migrate reconcile {} goes on with what is left", run.run_id);
         return Ok(130);
     }
-    conclude(&admin, id).await.map_err(resumable)?;
+    tokio::select! {
+        concluded = conclude(&admin, id) => concluded.map_err(resumable)?,
+        () = stop.asked() => {
+            admin.cancel().await;
+            tracing::warn!("interrupted; pg-dedup-migrate reconcile {} goes on with what is left", run.run_id);
+            return Ok(130);
+        }
+    }
     let verdict = Verdict::load(&admin, id).await?;
     verdict.print(job.json)?;
     Ok(verdict.exit_code())
@@ -123,21 +130,29 @@ async fn begin(admin: &Session, run: &Run, strict: bool) -> Result<i64> {
         .at(Side::Target, "begin_reconcile")
 }
 
-/// Writes down which snapshot the pass is about.
-async fn note_snapshot(admin: &Session, id: i64, keeper: &Session) -> Result<()> {
-    let doing = "naming the snapshot";
-    let snapshot: String = keeper
+/// Has the target forget chunks that an earlier attempt at the pass compared, and whose rows are others now.
+async fn recheck(admin: &Session, id: i64, snapshot: &str) -> Result<()> {
+    enter_snapshot(admin, snapshot).await?;
+    let forgotten: i64 = admin
         .client
-        .query_one("SELECT pg_catalog.pg_current_snapshot()::pg_catalog.text", &[])
+        .query_one("SELECT dedup.recheck_chunks($1::bigint)", &[&id])
         .await
         .and_then(|row| row.try_get(0))
-        .at(Side::Target, doing)?;
-    admin
-        .client
-        .execute("SELECT dedup.note_snapshot($1::bigint, $2::text)", &[&id, &snapshot])
-        .await
-        .at(Side::Target, doing)?;
+        .at(Side::Target, "recheck_chunks")?;
+    admin.client.batch_execute("COMMIT").await.at(Side::Target, "recheck_chunks")?;
+    if forgotten > 0 {
+        tracing::info!("{forgotten} chunks that were compared before are compared again");
+    }
     Ok(())
+}
+
+/// Begins a transaction that sees the target as it was when the pass began.
+async fn enter_snapshot(target: &Session, snapshot: &str) -> Result<()> {
+    let begin = format!(
+        "BEGIN ISOLATION LEVEL REPEATABLE READ; SET TRANSACTION SNAPSHOT {}; {GENERIC_PLANS}",
+        quote_literal(snapshot)
+    );
+    target.client.batch_execute(&begin).await.at(Side::Target, "entering the pass's snapshot")
 }
 
 /// The chunks that workers compare, and how much there is in all. Sources that the target database sees it compares itself, in the end.
@@ -216,11 +231,13 @@ async fn compare_patiently(
     spent: &mut Option<Batch>,
 ) -> Result<()> {
     let mut pauses = ExponentialBuilder::default().with_jitter().with_max_times(TRIES - 1).build();
+    let mut lost_track = false;
     loop {
-        let error = match compare_chunk(pass, chunk, sessions, spent).await {
+        let error = match compare_chunk(pass, chunk, sessions, spent, lost_track).await {
             Ok(()) => return Ok(()),
             Err(error) => error,
         };
+        lost_track = true;
         *sessions = None;
         let pause = pauses.next().filter(|_| error.policy() == Policy::Retry && !pass.stop.finishing());
         let Some(pause) = pause else { return Err(error) };
@@ -234,6 +251,7 @@ async fn compare_chunk(
     chunk: &Chunk,
     sessions: &mut Option<(Session, Session)>,
     spent: &mut Option<Batch>,
+    lost_track: bool,
 ) -> Result<()> {
     let (source, target) = match sessions {
         Some(open) => open,
@@ -243,6 +261,10 @@ async fn compare_chunk(
             sessions.insert((source?, target?))
         }
     };
+    // A connection that is lost in the middle of a COMMIT does not tell how it ended.
+    if lost_track && is_entered(target, pass.id, &chunk.chunk_id).await? {
+        return Ok(());
+    }
     let table = pass.tables.get(&chunk.table_id).ok_or_else(|| {
         protocol_error(Side::Target, format!("chunk {} belongs to no table of the run", chunk.chunk_id))
     })?;
@@ -259,14 +281,23 @@ async fn compare_chunk(
     Ok(())
 }
 
+/// Whether the chunk was compared.
+async fn is_entered(target: &Session, id: i64, chunk_id: &str) -> Result<bool> {
+    target
+        .client
+        .query_one(
+            "SELECT EXISTS (SELECT FROM dedup.reconciled_chunks WHERE reconciliation_id = $1 AND chunk_id = $2)",
+            &[&id, &chunk_id],
+        )
+        .await
+        .and_then(|row| row.try_get(0))
+        .at(Side::Target, "looking for the chunk")
+}
+
 /// Has the target compare the records with its rows, as they were when the pass began.
 async fn call(pass: &Pass, chunk: &Chunk, target: &Session, records: &[u8]) -> Result<u64> {
     let statement = target.prepared("SELECT dedup.reconcile_chunk($1::bigint, $2::text, $3::bytea)").await?;
-    let begin = format!(
-        "BEGIN ISOLATION LEVEL REPEATABLE READ; SET TRANSACTION SNAPSHOT {}; {GENERIC_PLANS}",
-        quote_literal(&pass.target_snapshot)
-    );
-    target.client.batch_execute(&begin).await.at(Side::Target, "entering the pass's snapshot")?;
+    enter_snapshot(target, &pass.target_snapshot).await?;
     let mismatches: i64 = target
         .client
         .query_one(&statement, &[&pass.id, &chunk.chunk_id, &records])

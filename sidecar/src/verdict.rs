@@ -122,6 +122,8 @@ impl Verdict {
     /// The exit code that tells it.
     pub fn exit_code(&self) -> u8 {
         match self.verdict.as_str() {
+            // A strict pass found mismatches, and only a strict one can say that they are gone.
+            "clean" if self.status == "halted" => 4,
             "clean" if self.counts.quarantined > 0 => 3,
             "clean" => 0,
             "mismatch" => 4,
@@ -195,7 +197,7 @@ mod tests {
         Verdict {
             run_id: Uuid::nil(),
             name: "orders".into(),
-            status: "halted".into(),
+            status: if verdict == "mismatch" { "halted" } else { "reconciled" }.into(),
             reconciliation_id: 1,
             verdict: verdict.into(),
             target_snapshot: None,

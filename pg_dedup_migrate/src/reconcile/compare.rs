@@ -1,11 +1,13 @@
 //! One chunk: its records against the target's rows.
 use std::collections::{BTreeMap, HashMap};
+use std::ffi::CStr;
 
 use pg_dedup_record::block::BlockView;
 use pg_dedup_record::checksum::Checksum;
 use pg_dedup_record::digest::Digest;
 use pg_dedup_record::wire::{LedgerEntry, RecordEntry};
 use pg_dedup_record::{BatchBuilder, pgcopy};
+use pgrx::pg_sys;
 use pgrx::prelude::*;
 
 use super::report::{Findings, Kind};
@@ -43,17 +45,36 @@ struct Stranger {
     key_is_known: bool,
 }
 
+/// What has become of a record.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    /// Nothing is known yet.
+    Open,
+    /// The target has the very row.
+    Present,
+    /// It was dropped as a duplicate.
+    Dropped,
+    /// It was set aside.
+    Quarantined,
+    /// None of these.
+    Unexplained,
+}
+
 struct Comparison<'a> {
     chunk: &'a Chunk,
     records: &'a [RecordEntry<'a>],
-    /// Of each record: the target has the very row.
-    matched: Vec<bool>,
+    by_key: ByKey<'a>,
+    fates: Vec<Fate>,
     strangers: Vec<Stranger>,
     /// Rows looked at and the sum of their content and key, where the chunk accounts for a range of the target.
     rows: Option<(i64, u64)>,
+    /// Sum of the digests of the rows in its range.
+    row_checksum: Option<Checksum>,
     /// Hashes of what was found, where it does not.
     seen: Vec<u64>,
-    /// Dropped records whose content the index does not have, packed.
+    /// Hashes of content and key of the records that count as duplicates.
+    dropped: Vec<u64>,
+    /// Those of them whose content the index does not have, packed.
     sought: Vec<u8>,
     source_is_same: bool,
     duplicates: i64,
@@ -68,10 +89,13 @@ impl<'a> Comparison<'a> {
         Self {
             chunk,
             records,
-            matched: vec![false; records.len()],
+            by_key: ByKey::new(records),
+            fates: vec![Fate::Open; records.len()],
             strangers: Vec::new(),
             rows: None,
+            row_checksum: None,
             seen: Vec::new(),
+            dropped: Vec::new(),
             sought: Vec::new(),
             source_is_same: (records.len() as i64, sum) == chunk.read,
             duplicates: 0,
@@ -82,30 +106,22 @@ impl<'a> Comparison<'a> {
 
     fn match_range(&mut self, range: &KeyRange) -> Result<()> {
         let chunk = self.chunk;
-        let (condition, arguments) = chunk.key_types.range_condition(&chunk.layout, Some(range));
-        let query = format!(
-            "SELECT {} FROM {} AS t WHERE {condition}",
-            column_list(&chunk.layout, "t"),
-            qualified_name(chunk.table)
-        );
-        let arguments: Vec<_> = arguments.into_iter().map(Into::into).collect();
-        let by_key = ByKey::new(self.records);
-        let (mut count, mut sum) = (0, 0u64);
+        let (mut count, mut sum, mut checksum) = (0, 0u64, Checksum::default());
         let mut key = Vec::new();
-        let _plan = ByIndex::new();
-        rows::scan_in(View::Statement, &query, &arguments, &chunk.layout, 0, |row| {
+        scan_range(chunk, range, |row| {
             let digests = row.digests()?;
             key.clear();
             row.write_key(&mut key)?;
             count += 1;
             sum = sum.wrapping_add(subject(digests.content.as_bytes(), &key));
-            let known = by_key.records(&key);
-            if !self.matches(known.clone(), &digests.row) {
-                let key_is_known = known.count() > 0;
+            checksum.add(&digests.row);
+            if !self.matches(&key, &digests.row) {
+                let key_is_known = self.by_key.records(&key).next().is_some();
                 self.strangers.push(Stranger { key: key.clone(), content: digests.content, key_is_known });
             }
             Ok(())
         })?;
+        self.row_checksum = Some(checksum);
         if chunk.counts_rows {
             self.rows = Some((count, sum));
         }
@@ -113,31 +129,31 @@ impl<'a> Comparison<'a> {
     }
 
     /// Takes a row for the first record that is equal to it and has none yet.
-    fn matches(&mut self, records: impl Iterator<Item = u32>, row: &Digest) -> bool {
-        for i in records {
-            let i = i as usize;
-            if !self.matched[i] && self.records[i].row == *row {
-                self.matched[i] = true;
-                return true;
-            }
+    fn matches(&mut self, key: &[u8], row: &Digest) -> bool {
+        let found = self
+            .by_key
+            .records(key)
+            .map(|i| i as usize)
+            .find(|&i| self.fates[i] == Fate::Open && self.records[i].row == *row);
+        match found {
+            Some(i) => self.fates[i] = Fate::Present,
+            None => return false,
         }
-        false
+        true
     }
 
     fn match_keys(&mut self) -> Result<()> {
         let chunk = self.chunk;
-        let records = self.records;
-        let mut keys: Vec<&[u8]> = records.iter().filter_map(|record| record.key).collect();
+        let mut keys: Vec<&[u8]> = self.records.iter().filter_map(|record| record.key).collect();
         keys.sort_unstable();
         keys.dedup();
-        let by_key = ByKey::new(records);
         let mut stored = Vec::new();
         chunk.rows_under(&keys, |n, row| {
             let digests = row.digests()?;
             stored.clear();
             row.write_key(&mut stored)?;
             self.seen.push(hash_of(&[&stored]));
-            if !self.matches(by_key.records(keys[n]), &digests.row) {
+            if !self.matches(keys[n], &digests.row) {
                 let key = keys[n].to_vec();
                 self.strangers.push(Stranger { key, content: digests.content, key_is_known: true });
             }
@@ -156,7 +172,7 @@ impl<'a> Comparison<'a> {
         for (i, record) in self.records.iter().enumerate() {
             let Ok(at) = digests.binary_search(record.content.as_bytes()) else { continue };
             if present[at] {
-                self.matched[i] = true;
+                self.fates[i] = Fate::Present;
                 self.duplicates += i64::from(std::mem::replace(&mut taken[at], true));
             }
         }
@@ -168,31 +184,41 @@ impl<'a> Comparison<'a> {
     fn explain(&mut self, snapshot: &Snapshot) -> Result<()> {
         let chunk = self.chunk;
         let mut quarantine = quarantined(chunk)?;
-        let ledger = if chunk.layout.key.is_empty() { Ledger::new(Vec::new()) } else { Ledger::load(chunk)? };
-        let mut losers: Vec<u32> = Vec::new();
-        let mut unexplained: Vec<u32> = Vec::new();
-        for (i, record) in self.records.iter().enumerate() {
-            if self.matched[i] {
-                continue;
-            }
+        let mut ledger = if chunk.keyless() { Ledger::new(Vec::new()) } else { Ledger::load(chunk)? };
+        for (record, fate) in
+            self.records.iter().zip(&mut self.fates).filter(|(_, fate)| **fate == Fate::Open)
+        {
             if let Some(left) = quarantine.get_mut(record.row.as_bytes()).filter(|left| **left > 0) {
                 *left -= 1;
                 self.quarantined += 1;
-            } else if record.key.is_some_and(|key| ledger.lists(&record.content, key)) {
-                losers.push(i as u32);
+                *fate = Fate::Quarantined;
+            } else if record.key.is_some_and(|key| ledger.take(&record.content, key)) {
+                *fate = Fate::Dropped;
             } else {
-                unexplained.push(i as u32);
+                *fate = Fate::Unexplained;
             }
         }
-        self.look_for_survivors(&losers, snapshot)?;
-        self.judge_unexplained(&unexplained, snapshot)?;
+        self.look_for_survivors(snapshot)?;
+        self.judge_unexplained(snapshot)?;
+        self.judge_occupied(snapshot)?;
         self.judge_strangers(snapshot)?;
         self.judge_survivors_of_their_own(&ledger, snapshot)
     }
 
+    /// The records of one fate.
+    fn fated(&self, fate: Fate) -> Vec<u32> {
+        (0..self.records.len() as u32).filter(|&i| self.fates[i as usize] == fate).collect()
+    }
+
+    /// The key of a record as divergences name it.
+    fn named_key(&self, record: &RecordEntry<'a>) -> Option<&'a [u8]> {
+        record.key.filter(|_| !self.chunk.keyless())
+    }
+
     /// A record that was dropped is there if its content is. What the index has of it is settled in the end; what it does not have is sought among
     /// the rows then.
-    fn look_for_survivors(&mut self, losers: &[u32], snapshot: &Snapshot) -> Result<()> {
+    fn look_for_survivors(&mut self, snapshot: &Snapshot) -> Result<()> {
+        let losers = self.fated(Fate::Dropped);
         let mut digests: Vec<[u8; 32]> =
             losers.iter().map(|&i| *self.records[i as usize].content.as_bytes()).collect();
         digests.sort_unstable();
@@ -200,8 +226,9 @@ impl<'a> Comparison<'a> {
         let wanted: Vec<u32> = (0..digests.len() as u32).collect();
         let present = lookup::present(self.chunk.target_id, &digests, &wanted, &[], snapshot)?;
         let mut sought: Vec<LedgerEntry<'_>> = Vec::new();
-        for &i in losers {
+        for &i in &losers {
             let record = &self.records[i as usize];
+            self.dropped.push(subject(record.content.as_bytes(), record.key.unwrap_or_default()));
             if !digests.binary_search(record.content.as_bytes()).is_ok_and(|at| present[at]) {
                 sought.push(LedgerEntry { digest: record.content, key: record.key.unwrap_or_default() });
             }
@@ -215,7 +242,8 @@ impl<'a> Comparison<'a> {
     }
 
     /// Records that neither the target nor the ledger nor the quarantine has.
-    fn judge_unexplained(&mut self, unexplained: &[u32], snapshot: &Snapshot) -> Result<()> {
+    fn judge_unexplained(&mut self, snapshot: &Snapshot) -> Result<()> {
+        let unexplained = self.fated(Fate::Unexplained);
         if unexplained.is_empty() {
             return Ok(());
         }
@@ -228,11 +256,11 @@ impl<'a> Comparison<'a> {
         } else {
             self.standing(unexplained.iter().map(|&i| self.records[i as usize].content), snapshot)?
         };
-        for &i in unexplained {
+        for &i in &unexplained {
             let record = &self.records[i as usize];
             let key = record.key.unwrap_or_default();
             let was_there = self.source_is_same
-                || self.chunk.layout.key.is_empty()
+                || self.chunk.keyless()
                 || standing.get(record.content.as_bytes()).is_some_and(|places| {
                     places.iter().any(|p| p.key == key && p.row_digest == record.row.short())
                 });
@@ -241,9 +269,66 @@ impl<'a> Comparison<'a> {
                 true if occupied.binary_search(&key).is_ok() => Kind::Changed,
                 true => Kind::Missing,
             };
-            self.findings.add(kind, key, record.content);
+            self.findings.add(kind, self.named_key(record), record.content);
         }
         Ok(())
+    }
+
+    /// Rows under the keys of records that are accounted for otherwise: dropped as duplicates, or set aside.
+    fn judge_occupied(&mut self, snapshot: &Snapshot) -> Result<()> {
+        let mut occupied: Vec<(usize, &RecordEntry<'_>, Fate)> = Vec::new();
+        for (n, stranger) in self.strangers.iter().enumerate().filter(|(_, s)| s.key_is_known) {
+            let fates = self.by_key.records(&stranger.key).map(|i| (i as usize, self.fates[i as usize]));
+            // One that is unexplained is missing its row: that says it all.
+            if fates.clone().any(|(_, fate)| matches!(fate, Fate::Unexplained | Fate::Present)) {
+                continue;
+            }
+            // Of several the one with the row's content, or else one that was dropped.
+            let best = fates.max_by_key(|&(i, fate)| {
+                (self.records[i].content == stranger.content, fate == Fate::Dropped)
+            });
+            occupied.extend(best.map(|(i, fate)| (n, &self.records[i], fate)));
+        }
+        if occupied.is_empty() {
+            return Ok(());
+        }
+        let standing = self.standing(occupied.iter().map(|(n, ..)| self.strangers[*n].content), snapshot)?;
+        let mut found = Vec::new();
+        for (n, record, fate) in occupied {
+            let stranger = &self.strangers[n];
+            let places = standing.get(stranger.content.as_bytes()).map(Vec::as_slice).unwrap_or_default();
+            let is_ours = places.iter().any(|place| place.key == stranger.key);
+            let kind = if fate == Fate::Dropped && record.content == stranger.content {
+                if !self.stands_elsewhere(&stranger.content, places, &stranger.key)? {
+                    continue;
+                }
+                Kind::SurvivingDuplicate
+            } else if !is_ours {
+                Kind::Foreign
+            } else if fate == Fate::Dropped {
+                Kind::Changed
+            } else {
+                // The row that stood there before, which the record was to replace.
+                continue;
+            };
+            found.push((kind, n));
+        }
+        for (kind, n) in found {
+            let Stranger { key, content, .. } = &self.strangers[n];
+            self.findings.add(kind, Some(key), *content);
+        }
+        Ok(())
+    }
+
+    /// Whether a row under another of these places has the content.
+    fn stands_elsewhere(&self, content: &Digest, places: &[Place], key: &[u8]) -> Result<bool> {
+        let others: Vec<&[u8]> = places.iter().map(|p| p.key.as_slice()).filter(|k| *k != key).collect();
+        let mut elsewhere = false;
+        self.chunk.rows_under(&others, |_, row| {
+            elsewhere |= row.digests()?.content == *content;
+            Ok(())
+        })?;
+        Ok(elsewhere)
     }
 
     /// Rows in the chunk's range whose key no record has. Those of other sources of the run are theirs to explain.
@@ -271,7 +356,7 @@ impl<'a> Comparison<'a> {
             };
             let ours = match owner {
                 Owner::Table(table, _) => table == self.chunk.table_id,
-                Owner::SameSource => true,
+                Owner::SameSource(table) => table == self.chunk.table_id,
                 Owner::Nobody | Owner::Other => false,
             };
             let kind = match (ours, self.source_is_same) {
@@ -280,7 +365,7 @@ impl<'a> Comparison<'a> {
                 (false, _) if owner == Owner::Nobody && self.chunk.counts_rows => Kind::Foreign,
                 (false, _) => continue,
             };
-            self.findings.add(kind, &stranger.key, stranger.content);
+            self.findings.add(kind, Some(&stranger.key), stranger.content);
         }
         Ok(())
     }
@@ -293,7 +378,8 @@ impl<'a> Comparison<'a> {
         let own: Vec<u32> = (0..self.records.len() as u32)
             .filter(|&i| {
                 let record = &self.records[i as usize];
-                self.matched[i as usize] && record.key.is_some_and(|key| ledger.lists(&record.content, key))
+                self.fates[i as usize] == Fate::Present
+                    && record.key.is_some_and(|key| ledger.lists(&record.content, key))
             })
             .collect();
         if own.is_empty() {
@@ -303,19 +389,11 @@ impl<'a> Comparison<'a> {
         for i in own {
             let record = &self.records[i as usize];
             let key = record.key.unwrap_or_default();
-            let others: Vec<&[u8]> = standing
-                .get(record.content.as_bytes())
-                .map(|places| places.iter().map(|p| p.key.as_slice()).filter(|k| *k != key).collect())
-                .unwrap_or_default();
-            let mut twice = false;
-            self.chunk.rows_under(&others, |_, row| {
-                twice |= row.digests()?.content == record.content;
-                Ok(())
-            })?;
-            if twice {
-                self.matched[i as usize] = false;
+            let places = standing.get(record.content.as_bytes()).map(Vec::as_slice).unwrap_or_default();
+            if self.stands_elsewhere(&record.content, places, key)? {
+                self.fates[i as usize] = Fate::Dropped;
                 self.duplicates += 1;
-                self.findings.add(Kind::SurvivingDuplicate, key, record.content);
+                self.findings.add(Kind::SurvivingDuplicate, Some(key), record.content);
             }
         }
         Ok(())
@@ -335,25 +413,28 @@ impl<'a> Comparison<'a> {
         Ok(places.into_iter().map(|(i, places)| (digests[i as usize], places)).collect())
     }
 
-    fn enter(mut self) -> Result<i64> {
+    fn enter(self) -> Result<i64> {
         let chunk = self.chunk;
-        let present = self.matched.iter().filter(|matched| **matched).count() as i64;
+        let present = self.fated(Fate::Present).len() as i64;
         // Without keys a content is present once; its other records are duplicates.
-        let present = if chunk.layout.key.is_empty() { present - self.duplicates } else { present };
+        let present = if chunk.keyless() { present - self.duplicates } else { present };
         let (row_count, row_sum) = match (&chunk.rows, self.rows) {
             (_, Some((count, sum))) => (Some(count), Some(sum.cast_signed())),
             (Rows::None, None) if chunk.counts_rows => (Some(0), Some(0)),
             _ => (None, None),
         };
-        self.seen.sort_unstable();
-        let seen: Option<Vec<u8>> = matches!(chunk.rows, Rows::Keys | Rows::Contents)
-            .then(|| self.seen.iter().flat_map(|hash| hash.to_be_bytes()).collect());
+        let packed = |mut hashes: Vec<u64>| -> Vec<u8> {
+            hashes.sort_unstable();
+            hashes.iter().flat_map(|hash| hash.to_be_bytes()).collect()
+        };
+        let seen = matches!(chunk.rows, Rows::Keys | Rows::Contents).then(|| packed(self.seen));
+        let dropped = (!self.dropped.is_empty()).then(|| packed(self.dropped));
         let counts: Vec<i64> = Kind::ALL.iter().map(|&kind| self.findings.count(kind)).collect();
         Spi::run_with_args(
             "INSERT INTO dedup.reconciled_chunks (reconciliation_id, chunk_id, table_id, source_count, present_count, duplicate_count, quarantined_count, \
                  missing_count, changed_count, extra_count, surviving_duplicate_count, foreign_count, source_changed_count, source_is_same, \
-                 row_count, row_sum, seen, sought) \
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8[1], $8[2], $8[3], $8[4], $8[5], $8[6], $9, $10, $11, $12, $13)",
+                 row_count, row_sum, row_checksum, seen, dropped, sought, target_snapshot) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8[1], $8[2], $8[3], $8[4], $8[5], $8[6], $9, $10, $11, $12, $13, $14, $15, $16)",
             &[
                 chunk.reconciliation.into(),
                 chunk.chunk_id.as_str().into(),
@@ -366,15 +447,90 @@ impl<'a> Comparison<'a> {
                 self.source_is_same.into(),
                 row_count.into(),
                 row_sum.into(),
+                self.row_checksum.map(|sum| sum.to_bytes().to_vec()).into(),
                 seen.into(),
+                dropped.into(),
                 (!self.sought.is_empty()).then_some(self.sought).into(),
+                statement_snapshot().into(),
             ],
         )?;
-        self.findings.enter(chunk.reconciliation, chunk.run, &chunk.chunk_id, chunk.target_id, |key| {
-            chunk.key_text(key)
-        })?;
-        Ok(self.findings.mismatches())
+        self.findings.enter(
+            chunk.reconciliation,
+            chunk.run,
+            &chunk.chunk_id,
+            chunk.target_id,
+            chunk.strict,
+            |key| chunk.key_types.query_string(key),
+        )?;
+        Ok(self.findings.mismatches(chunk.strict))
     }
+}
+
+/// The snapshot of the statement that is being executed, as `pg_current_snapshot()` has it.
+fn statement_snapshot() -> String {
+    // SAFETY: reads the active snapshot, which a statement has; its output function takes what it returns and gives a palloc'ed string.
+    unsafe {
+        let snapshot = pgrx::direct_function_call_as_datum(pg_sys::pg_current_snapshot, &[]);
+        let text = pgrx::direct_function_call::<&CStr>(pg_sys::pg_snapshot_out, &[snapshot]);
+        text.map(|text| text.to_string_lossy().into_owned()).unwrap_or_default()
+    }
+}
+
+/// The target's rows in a chunk's key range.
+fn scan_range(
+    chunk: &Chunk,
+    range: &KeyRange,
+    mut visit: impl FnMut(&rows::RowView<'_>) -> Result<()>,
+) -> Result<()> {
+    let (condition, arguments) = chunk.key_types.range_condition(&chunk.layout, Some(range));
+    let query = format!(
+        "SELECT {} FROM {} AS t WHERE {condition}",
+        column_list(&chunk.layout, "t"),
+        qualified_name(chunk.table)
+    );
+    let arguments: Vec<_> = arguments.into_iter().map(Into::into).collect();
+    let _plan = ByIndex::new();
+    rows::scan_in(View::Statement, &query, &arguments, &chunk.layout, 0, |row| visit(&row))?;
+    Ok(())
+}
+
+/// Forgets the chunks of a pass whose rows are others now, or which don't account for a range of rows; returns how many.
+///
+/// # Errors
+/// As [`compare`].
+pub fn recheck(reconciliation: i64) -> Result<i64> {
+    let done: Vec<(String, Option<Vec<u8>>)> = Spi::connect(|client| -> Result<_> {
+        client
+            .select(
+                "SELECT chunk_id, row_checksum FROM dedup.reconciled_chunks WHERE reconciliation_id = $1 ORDER BY chunk_id",
+                None,
+                &[reconciliation.into()],
+            )?
+            .map(|row| Ok((required(row["chunk_id"].value()?)?, row["row_checksum"].value()?)))
+            .collect()
+    })?;
+    let mut stale: Vec<String> = Vec::new();
+    for (chunk_id, known) in done {
+        let chunk = Chunk::load(reconciliation, &chunk_id)?;
+        let mut checksum = Checksum::default();
+        if let (Rows::Range(range), Some(_)) = (&chunk.rows, &known) {
+            scan_range(&chunk, range, |row| {
+                checksum.add(&row.row_digest()?);
+                Ok(())
+            })?;
+            if known.as_deref() == Some(checksum.to_bytes().as_slice()) {
+                continue;
+            }
+        }
+        stale.push(chunk_id);
+    }
+    for table in ["divergences", "reconciled_chunks"] {
+        Spi::run_with_args(
+            &format!("DELETE FROM dedup.{table} WHERE reconciliation_id = $1 AND chunk_id = ANY ($2)"),
+            &[reconciliation.into(), stale.clone().into()],
+        )?;
+    }
+    Ok(stale.len() as i64)
 }
 
 /// What rows and entries are counted by: a hash over content and key.
@@ -415,6 +571,8 @@ struct Ledger {
     starts: Vec<u32>,
     /// How far a digest's prefix is shifted to get them.
     shift: u32,
+    /// Of each line: a record was found for it.
+    taken: Vec<bool>,
 }
 
 impl Ledger {
@@ -448,17 +606,32 @@ impl Ledger {
         for at in 1..starts.len() {
             starts[at] += starts[at - 1];
         }
-        Self { lines, starts, shift }
+        let taken = vec![false; lines.len()];
+        Self { lines, starts, shift, taken }
     }
 
     fn is_empty(&self) -> bool {
         self.lines.is_empty()
     }
 
+    /// Whether a record was dropped.
     fn lists(&self, content: &Digest, key: &[u8]) -> bool {
+        self.find(content, key).next().is_some()
+    }
+
+    /// Whether a record was dropped, once for each time it was.
+    fn take(&mut self, content: &Digest, key: &[u8]) -> bool {
+        let line = self.find(content, key).find(|&line| !self.taken[line]);
+        line.is_some_and(|line| !std::mem::replace(&mut self.taken[line], true))
+    }
+
+    fn find(&self, content: &Digest, key: &[u8]) -> impl Iterator<Item = usize> {
         let bucket = (content.prefix() >> self.shift) as usize;
-        let lines = &self.lines[self.starts[bucket] as usize..self.starts[bucket + 1] as usize];
-        lines.iter().any(|(digest, k)| digest == content && k == key)
+        let lines = self.starts[bucket] as usize..self.starts[bucket + 1] as usize;
+        lines.filter(move |&line| {
+            let (digest, k) = &self.lines[line];
+            digest == content && k == key
+        })
     }
 }
 

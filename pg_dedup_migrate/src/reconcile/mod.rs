@@ -40,6 +40,8 @@ struct Chunk {
     /// Columns as the run delivers them: an index serves every run with the same content and key columns.
     layout: Layout,
     key_types: KeyTypes,
+    /// Are records that changed in the source mismatches, too?
+    strict: bool,
     /// Which of the target's rows are its.
     rows: Rows,
     /// Rows that no run wrote are told once, by the first of the run's sources that share the target.
@@ -64,8 +66,9 @@ impl Chunk {
     fn load(reconciliation: i64, chunk_id: &str) -> Result<Self> {
         let chunk = Spi::connect(|client| -> Result<Self> {
             let rows = client.select(
-                "SELECT p.run_id, p.verdict, c.table_id, c.range_kind, c.range_lower, c.range_upper, c.source_count, c.checksum, \
-                     t.target_id, t.range_comparable, t.keyless, t.layout, g.target::pg_catalog.oid AS target, \
+                "SELECT p.run_id, p.verdict, p.is_strict, c.table_id, c.range_kind, c.range_lower, c.range_upper, c.source_count, c.checksum, \
+                     t.target_id, t.range_comparable, t.keyless, t.layout, t.source_spec OPERATOR(pg_catalog.->) 'key_types' AS key_types, \
+                     g.target::pg_catalog.oid AS target, \
                      NOT EXISTS (SELECT FROM dedup.run_tables AS o WHERE o.run_id = t.run_id AND o.target_id = t.target_id \
                                  AND o.table_id OPERATOR(pg_catalog.<) t.table_id) AS counts_rows \
                  FROM dedup.reconciliations AS p JOIN dedup.checkpoints AS c USING (run_id) JOIN dedup.run_tables AS t USING (run_id, table_id) \
@@ -81,12 +84,18 @@ impl Chunk {
             if verdict != "open" {
                 return Err(Error::state(format!("reconciliation {reconciliation} is {verdict}")));
             }
+            let JsonB(layout) = required(row["layout"].value()?)?;
+            let layout: Layout = serde_json::from_value(layout)
+                .map_err(|e| Error::corrupted(format!("unreadable layout: {e}")))?;
             let kind: String = required(row["range_kind"].value()?)?;
             let rows = if required(row["keyless"].value()?)? {
                 Rows::Contents
             } else if kind == "null_key" {
                 Rows::None
-            } else if required(row["range_comparable"].value()?)? && kind == "key" {
+            } else if required(row["range_comparable"].value()?)?
+                && kind == "key"
+                && has_types(&layout, row["key_types"].value()?)
+            {
                 Rows::Range(KeyRange {
                     lower: row["range_lower"].value()?,
                     upper: row["range_upper"].value()?,
@@ -99,14 +108,12 @@ impl Chunk {
                 .try_into()
                 .map_err(|_| Error::corrupted("a checkpoint's checksum is not 32 bytes"))?;
             let read = (required(row["source_count"].value()?)?, Checksum::from_bytes(&checksum));
-            let JsonB(layout) = required(row["layout"].value()?)?;
-            let layout: Layout = serde_json::from_value(layout)
-                .map_err(|e| Error::corrupted(format!("unreadable layout: {e}")))?;
             let table: pg_sys::Oid = required(row["target"].value()?)?;
             Ok(Self {
                 reconciliation,
                 run: required(row["run_id"].value()?)?,
                 chunk_id: chunk_id.to_owned(),
+                strict: required(row["is_strict"].value()?)?,
                 table_id: required(row["table_id"].value()?)?,
                 target_id: required(row["target_id"].value()?)?,
                 table,
@@ -117,13 +124,13 @@ impl Chunk {
                 read,
             })
         })?;
-        guard(chunk.target_id)?;
+        guard(chunk.target_id, chunk.table)?;
         Ok(chunk)
     }
 
-    /// A key as `column=value`, for who reads divergences; `None` where the target has none.
-    fn key_text(&self, key: &[u8]) -> Result<Option<String>> {
-        if self.layout.key.is_empty() { Ok(None) } else { self.key_types.query_string(key).map(Some) }
+    /// Has the target no key?
+    fn keyless(&self) -> bool {
+        self.layout.key.is_empty()
     }
 
     /// The rows of the target under these keys, and each key's position.
@@ -150,13 +157,30 @@ impl Chunk {
     }
 }
 
-/// The share lock on the hash index: nobody rebuilds it or takes entries out meanwhile. Refuses a target whose files were replaced.
-fn guard(target_id: i32) -> Result<()> {
+/// Are the key's types in the source, modifiers included, those of the target? A key that is rounded on its way may leave its range.
+fn has_types(layout: &Layout, key_types: Option<JsonB>) -> bool {
+    let Some(JsonB(types)) = key_types else { return false };
+    let own = layout.key.iter().map(|&i| layout.columns[i].type_name.as_str());
+    types.as_array().is_some_and(|types| own.eq(types.iter().filter_map(|t| t.as_str())))
+}
+
+/// The share lock on the hash index: nobody rebuilds it or takes entries out meanwhile. Refuses a target whose files were replaced, or whose rows
+/// are hidden from this role: what is hidden would be missing.
+fn guard(target_id: i32, table: pg_sys::Oid) -> Result<()> {
     Spi::run_with_args(
         "SELECT pg_catalog.pg_advisory_xact_lock_shared(dedup.lock_class(), $1)",
         &[target_id.into()],
     )?;
-    Ok(Spi::run_with_args("SELECT dedup.check_filenodes($1)", &[target_id.into()])?)
+    if Spi::get_one_with_args::<bool>("SELECT pg_catalog.row_security_active($1)", &[table.into()])?
+        == Some(true)
+    {
+        return Err(Error::new(
+            PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
+            format!("row security is active on {}", qualified_name(table)),
+        )
+        .hint("use a role with BYPASSRLS or the owner: a hidden row would be missing"));
+    }
+    Ok(Spi::run_with_args("SELECT dedup.refuse_replaced($1)", &[target_id.into()])?)
 }
 
 /// `dedup.reconcile_chunk`: compares a chunk's records, packed as docs/protocol.md has it, with the target's rows, and enters what is found;
@@ -193,10 +217,16 @@ fn compare_here(reconciliation: i64) -> Result<i64> {
             .map(|row| required(row["chunk_id"].value()?))
             .collect()
     })?;
+    if !chunks.is_empty() {
+        // What is stored with the run is executed as whoever calls.
+        Spi::run_with_args(
+            "SELECT dedup.must_own(p.run_id) FROM dedup.reconciliations AS p WHERE p.reconciliation_id = $1",
+            &[reconciliation.into()],
+        )?;
+    }
     for chunk_id in &chunks {
         let chunk = Chunk::load(reconciliation, chunk_id)?;
-        let keyless = matches!(chunk.rows, Rows::Contents);
-        let batch = local::read(chunk.run, chunk_id, &chunk.layout, keyless, View::Statement)?;
+        let batch = local::read(chunk.run, chunk_id, &chunk.layout, chunk.keyless(), View::Statement)?;
         let packed =
             batch.packed_records().map_err(|e| Error::corrupted(format!("a record of the source: {e}")))?;
         let records: Vec<_> = wire::records(&packed)
@@ -205,6 +235,16 @@ fn compare_here(reconciliation: i64) -> Result<i64> {
         compare::compare(&chunk, &records)?;
     }
     Ok(chunks.len() as i64)
+}
+
+/// `dedup.recheck_chunks`: forgets the chunks of a pass, which was cut off and is taken up, that the target's rows are not the same of any more, or
+/// of which that can't be told; returns how many. Those are compared anew, so that the pass holds for the snapshot it is ended under.
+///
+/// # Errors
+/// As [`reconcile_chunk`].
+#[pg_extern(volatile, parallel_unsafe, strict)]
+pub fn recheck_chunks(reconciliation_id: i64) -> Result<i64, ErrorReport> {
+    Ok(compare::recheck(reconciliation_id)?)
 }
 
 /// `dedup.settle_reconcile`: compares the hash index with the target's rows when every chunk is compared, and enters what that shows.
@@ -223,8 +263,8 @@ enum Owner {
     Nobody,
     /// This run, from this table of it.
     Table(i32, String),
-    /// An earlier or later run of the same source.
-    SameSource,
+    /// An earlier or later run, from what this table of the run reads, too.
+    SameSource(i32),
     /// A run of another source.
     Other,
 }
@@ -232,12 +272,15 @@ enum Owner {
 /// Whose an ordinal is.
 fn owner(run: Uuid, target: i32, ordinal: u64) -> Result<Owner> {
     Spi::connect(|client| {
-        // Runs have the same source if they name the same table of the same system.
+        // Of the same source: the same table of the same system, and this run reads all of it, or the same part.
         let rows = client.select(
-            "SELECT o.run_id, o.chunk_id, c.table_id, EXISTS ( \
-                 SELECT FROM dedup.run_tables AS m JOIN dedup.runs AS mr ON mr.run_id = m.run_id, dedup.run_tables AS t JOIN dedup.runs AS tr ON tr.run_id = t.run_id \
+            "SELECT o.run_id, o.chunk_id, c.table_id, ( \
+                 SELECT m.table_id FROM dedup.run_tables AS m JOIN dedup.runs AS mr ON mr.run_id = m.run_id, dedup.run_tables AS t JOIN dedup.runs AS tr ON tr.run_id = t.run_id \
                  WHERE m.run_id = $1 AND m.target_id = $2 AND t.run_id = o.run_id AND t.table_id = c.table_id AND t.source OPERATOR(pg_catalog.=) m.source \
-                     AND tr.options OPERATOR(pg_catalog.#>>) '{settings,source}' IS NOT DISTINCT FROM mr.options OPERATOR(pg_catalog.#>>) '{settings,source}') AS same \
+                     AND tr.options OPERATOR(pg_catalog.#>>) '{settings,source}' IS NOT DISTINCT FROM mr.options OPERATOR(pg_catalog.#>>) '{settings,source}' \
+                     AND (m.source_spec OPERATOR(pg_catalog.->>) 'where' IS NULL \
+                          OR m.source_spec OPERATOR(pg_catalog.->>) 'where' IS NOT DISTINCT FROM t.source_spec OPERATOR(pg_catalog.->>) 'where') \
+                 ORDER BY m.table_id LIMIT 1) AS same \
              FROM dedup.ordinals AS o LEFT JOIN dedup.checkpoints AS c USING (run_id, chunk_id) WHERE o.ordinal = $3",
             Some(1),
             &[run.into(), target.into(), ordinal.cast_signed().into()],
@@ -246,8 +289,7 @@ fn owner(run: Uuid, target: i32, ordinal: u64) -> Result<Owner> {
         Ok(match (row["run_id"].value::<Uuid>()?, row["table_id"].value::<i32>()?) {
             (None, _) => Owner::Nobody,
             (Some(by), Some(table)) if by == run => Owner::Table(table, required(row["chunk_id"].value()?)?),
-            _ if required(row["same"].value()?)? => Owner::SameSource,
-            _ => Owner::Other,
+            _ => row["same"].value::<i32>()?.map_or(Owner::Other, Owner::SameSource),
         })
     })
 }

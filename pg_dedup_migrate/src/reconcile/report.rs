@@ -46,14 +46,14 @@ impl Kind {
         }
     }
 
-    /// Whether it says that the target is wrong.
-    fn is_mismatch(self) -> bool {
-        !matches!(self, Kind::Foreign | Kind::SourceChanged)
+    /// Whether it says that something is wrong; a changed source does if one asks for it.
+    fn is_mismatch(self, strict: bool) -> bool {
+        self != Kind::Foreign && (strict || self != Kind::SourceChanged)
     }
 
     /// How many of a chunk are listed by key: of rows that are none of the run's business fewer, there may be as many as the table has.
     fn listed(self) -> usize {
-        if self.is_mismatch() { 10_000 } else { 1_000 }
+        if self == Kind::Foreign { 1_000 } else { 10_000 }
     }
 }
 
@@ -61,16 +61,16 @@ impl Kind {
 #[derive(Default)]
 pub struct Findings {
     counts: [i64; Kind::ALL.len()],
-    listed: Vec<(Kind, Vec<u8>, Digest)>,
+    listed: Vec<(Kind, Option<Vec<u8>>, Digest)>,
 }
 
 impl Findings {
-    /// Adds one.
-    pub fn add(&mut self, kind: Kind, key: &[u8], content: Digest) {
+    /// Adds one; without a key where it has none, or a null in it.
+    pub fn add(&mut self, kind: Kind, key: Option<&[u8]>, content: Digest) {
         let count = &mut self.counts[kind as usize];
         *count += 1;
         if *count <= kind.listed() as i64 {
-            self.listed.push((kind, key.to_vec(), content));
+            self.listed.push((kind, key.map(<[u8]>::to_vec), content));
         }
     }
 
@@ -79,9 +79,9 @@ impl Findings {
         self.counts[kind as usize]
     }
 
-    /// How many say that the target is wrong.
-    pub fn mismatches(&self) -> i64 {
-        Kind::ALL.iter().filter(|kind| kind.is_mismatch()).map(|&kind| self.count(kind)).sum()
+    /// How many say that something is wrong.
+    pub fn mismatches(&self, strict: bool) -> i64 {
+        Kind::ALL.iter().filter(|kind| kind.is_mismatch(strict)).map(|&kind| self.count(kind)).sum()
     }
 
     /// Whether there are none.
@@ -99,19 +99,21 @@ impl Findings {
         run: Uuid,
         chunk_id: &str,
         target: i32,
-        key_text: impl Fn(&[u8]) -> Result<Option<String>>,
+        strict: bool,
+        key_text: impl Fn(&[u8]) -> Result<String>,
     ) -> Result<()> {
         if self.listed.is_empty() {
             return Ok(());
         }
-        let texts = self.listed.iter().map(|(_, key, _)| key_text(key)).collect::<Result<Vec<_>>>()?;
-        let keys =
-            self.listed.iter().zip(&texts).map(|((_, key, _), text)| text.as_ref().map(|_| key.clone()));
-        let kinds = self.listed.iter().map(|(kind, ..)| kind.name().to_owned());
-        let states = self
+        let texts = self
             .listed
             .iter()
-            .map(|(kind, ..)| if kind.is_mismatch() { "open" } else { "reported" }.to_owned());
+            .map(|(_, key, _)| key.as_deref().map(&key_text).transpose())
+            .collect::<Result<Vec<_>>>()?;
+        let keys = self.listed.iter().map(|(_, key, _)| key.clone());
+        let kinds = self.listed.iter().map(|(kind, ..)| kind.name().to_owned());
+        let state = |kind: Kind| if kind.is_mismatch(strict) { "open" } else { "reported" };
+        let states = self.listed.iter().map(|(kind, ..)| state(*kind).to_owned());
         let contents = self.listed.iter().map(|(_, _, content)| content.as_bytes().to_vec());
         Spi::run_with_args(
             "INSERT INTO dedup.divergences (reconciliation_id, run_id, chunk_id, target_id, kind, key, packed_key, content_hash, state) \
@@ -124,7 +126,7 @@ impl Findings {
                 chunk_id.into(),
                 target.into(),
                 kinds.collect::<Vec<_>>().into(),
-                texts.clone().into(),
+                texts.into(),
                 keys.collect::<Vec<_>>().into(),
                 contents.collect::<Vec<_>>().into(),
                 states.collect::<Vec<_>>().into(),

@@ -31,29 +31,46 @@ use crate::segment;
 /// # Errors
 /// 42704 for an unknown pass, XX001 for damaged state.
 pub fn settle(reconciliation: i64) -> Result<()> {
-    let (run, targets) = Spi::connect(|client| -> Result<_> {
-        let rows = client.select(
-            "SELECT p.run_id, t.target_id FROM dedup.reconciliations AS p JOIN dedup.run_tables AS t USING (run_id) \
-             WHERE p.reconciliation_id = $1 AND p.verdict = 'open' GROUP BY 1, 2 ORDER BY 2",
+    // Locked: findings are entered once.
+    let (run, strict, settled, targets) = Spi::connect_mut(|client| -> Result<_> {
+        let rows = client.update(
+            "SELECT p.run_id, p.is_strict, p.settled_at IS NOT NULL AS settled, \
+                 ARRAY(SELECT DISTINCT t.target_id FROM dedup.run_tables AS t WHERE t.run_id = p.run_id ORDER BY 1) AS targets, \
+                 EXISTS (SELECT FROM dedup.chunks_to_reconcile($1)) AS unfinished \
+             FROM dedup.reconciliations AS p WHERE p.reconciliation_id = $1 AND p.verdict = 'open' FOR NO KEY UPDATE",
             None,
             &[reconciliation.into()],
         )?;
-        let mut run: Option<Uuid> = None;
-        let mut targets: Vec<i32> = Vec::new();
-        for row in rows {
-            run = row["run_id"].value()?;
-            targets.push(required(row["target_id"].value()?)?);
+        let row = rows
+            .into_iter()
+            .next()
+            .ok_or_else(|| Error::undefined(format!("there is no open reconciliation {reconciliation}")))?;
+        if required(row["unfinished"].value()?)? {
+            return Err(Error::state(format!("reconciliation {reconciliation} has chunks left to compare")));
         }
-        let run =
-            run.ok_or_else(|| Error::undefined(format!("there is no open reconciliation {reconciliation}")))?;
-        Ok((run, targets))
+        let run: Uuid = required(row["run_id"].value()?)?;
+        let targets: Vec<i32> = required(row["targets"].value()?)?;
+        Ok((
+            run,
+            required::<bool>(row["is_strict"].value()?)?,
+            required::<bool>(row["settled"].value()?)?,
+            targets,
+        ))
     })?;
+    if settled {
+        return Ok(());
+    }
+    let ordinals = ordinals_of(run)?;
     for target_id in targets {
-        guard(target_id)?;
+        let target = Target::by_id(target_id)?;
+        guard(target_id, target.table)?;
         let snapshot = Snapshot::of_statement();
         let mut settlement = Settlement {
+            reconciliation,
             run,
-            target: Target::by_id(target_id)?,
+            strict,
+            ordinals: &ordinals,
+            target,
             compared: Compared::load(reconciliation, target_id)?,
             snapshot: &snapshot,
             owners: HashMap::new(),
@@ -67,9 +84,22 @@ pub fn settle(reconciliation: i64) -> Result<()> {
             settlement.losers_of(&gone)?;
         }
         settlement.sought_in_vain(&gone);
-        settlement.enter(reconciliation)?;
+        settlement.enter()?;
     }
-    Ok(())
+    Ok(Spi::run_with_args(
+        "UPDATE dedup.reconciliations SET settled_at = pg_catalog.clock_timestamp() WHERE reconciliation_id = $1",
+        &[reconciliation.into()],
+    )?)
+}
+
+/// Everything that a run has written under.
+fn ordinals_of(run: Uuid) -> Result<HashSet<u64>> {
+    Spi::connect(|client| {
+        client
+            .select("SELECT ordinal FROM dedup.ordinals WHERE run_id = $1", None, &[run.into()])?
+            .map(|row| Ok(required::<i64>(row["ordinal"].value()?)?.cast_unsigned()))
+            .collect()
+    })
 }
 
 /// What the chunks of a pass have found of one target.
@@ -167,13 +197,20 @@ struct Expected {
     /// [`subject`] of its content and key.
     subject: u64,
     ordinal: u64,
-    found: bool,
+    /// Rows found.
+    found: u32,
+    /// Without keys: how often runs wrote it.
+    written: u32,
     /// Its content stands under another key.
     elsewhere: bool,
 }
 
 struct Settlement<'a> {
+    reconciliation: i64,
     run: Uuid,
+    strict: bool,
+    /// What the run has written under.
+    ordinals: &'a HashSet<u64>,
     target: Target,
     compared: Compared,
     snapshot: &'a Snapshot,
@@ -196,6 +233,7 @@ impl Settlement<'_> {
     }
 
     fn add(&mut self, chunk: String, kind: Kind, key: &[u8], content: Digest) {
+        let key = Some(key).filter(|_| !self.keyless());
         self.findings.entry(chunk).or_default().add(kind, key, content);
     }
 
@@ -253,7 +291,7 @@ impl Settlement<'_> {
                 count += 1;
                 sum = sum.wrapping_add(subject(digest.as_bytes(), &place.key));
             }
-            if standing.len() > 1 {
+            if standing.len() > 1 && standing.iter().any(|p| self.ordinals.contains(&p.ordinal)) {
                 // Of each place the first entry counts: a row that is rewritten with its content stood there before.
                 let first = |key: &[u8]| {
                     said.iter().filter(|p| p.key == key && !p.tombstone).min_by_key(|p| p.ordinal).cloned()
@@ -305,14 +343,22 @@ impl Settlement<'_> {
         })?;
         for pass in Passes::of(entries, size_of::<Expected>()).each() {
             let mut expected: Vec<Expected> = Vec::new();
-            self.for_each_content(|digest, _, standing| {
+            self.for_each_content(|digest, said, standing| {
                 if pass.has(digest.as_bytes()) {
-                    expected.extend(standing.iter().map(|place| Expected {
-                        digest: *digest.as_bytes(),
-                        subject: subject(digest.as_bytes(), &place.key),
-                        ordinal: place.ordinal,
-                        found: false,
-                        elsewhere: false,
+                    expected.extend(standing.iter().map(|place| {
+                        Expected {
+                            digest: *digest.as_bytes(),
+                            subject: subject(digest.as_bytes(), &place.key),
+                            ordinal: place.ordinal,
+                            found: 0,
+                            written: said
+                                .iter()
+                                .map(|p| if p.tombstone { -1 } else { 1 })
+                                .sum::<i32>()
+                                .max(1)
+                                .cast_unsigned(),
+                            elsewhere: false,
+                        }
                     }));
                 }
                 Ok(())
@@ -320,7 +366,7 @@ impl Settlement<'_> {
             expected.sort_unstable_by_key(|e| (e.digest, e.subject));
             self.scan(&mut expected, gone, pass)?;
             for group in expected.chunk_by(|a, b| a.digest == b.digest) {
-                if !group.iter().any(|e| e.found || e.elsewhere) {
+                if !group.iter().any(|e| e.found > 0 || e.elsewhere) {
                     gone.insert(group[0].digest);
                 }
             }
@@ -354,12 +400,15 @@ impl Settlement<'_> {
             let at = expected.binary_search_by_key(&wanted, |e| (e.digest, e.subject));
             let entry = at.ok().map(|at| &mut expected[at]);
             match entry {
-                // Without keys: one row more than the index knows of.
-                Some(entry) if keyless && entry.found => {
-                    self.add(self.some_chunk(None), Kind::Foreign, &[], content);
+                // Without keys: one row more than there should be. If the index knows of it, runs wrote it.
+                Some(entry) if keyless && entry.found > 0 => {
+                    entry.found += 1;
+                    let kind =
+                        if entry.found <= entry.written { Kind::SurvivingDuplicate } else { Kind::Foreign };
+                    self.add(self.some_chunk(None), kind, &[], content);
                 }
                 Some(entry) => {
-                    entry.found = true;
+                    entry.found = 1;
                     if !keyless {
                         let ordinal = entry.ordinal;
                         self.judge_row(ordinal, &key, content)?;
@@ -390,10 +439,8 @@ impl Settlement<'_> {
             // Pairs that account for a range have judged their rows.
             Owner::Table(table, _) if !self.compared.seen.contains_key(&table) => return Ok(()),
             Owner::Table(table, chunk) => (table, chunk),
-            Owner::SameSource => {
-                let Some((&table, _)) = self.compared.seen.first_key_value() else { return Ok(()) };
-                (table, self.some_chunk(Some(table)))
-            }
+            Owner::SameSource(table) if !self.compared.seen.contains_key(&table) => return Ok(()),
+            Owner::SameSource(table) => (table, self.some_chunk(Some(table))),
             Owner::Nobody if self.compared.counts_rows => return Ok(()),
             Owner::Nobody => {
                 self.add(self.some_chunk(None), Kind::Foreign, key, content);
@@ -413,11 +460,12 @@ impl Settlement<'_> {
             let seen = self.compared.has_seen(None, hash_of(&[&entry.digest]));
             let (table, chunk) = match self.owner(entry.ordinal)? {
                 Owner::Table(table, chunk) => (Some(table), chunk),
+                Owner::SameSource(table) => (Some(table), self.some_chunk(Some(table))),
                 _ => (None, self.some_chunk(None)),
             };
-            if !entry.found && seen {
+            if entry.found == 0 && seen {
                 self.add(chunk, Kind::Missing, &[], content);
-            } else if let (true, false, Some(table)) = (entry.found, seen, table) {
+            } else if let (true, false, Some(table)) = (entry.found > 0, seen, table) {
                 let kind = if self.compared.unchanged.get(&table) == Some(&true) {
                     Kind::Extra
                 } else {
@@ -443,6 +491,7 @@ impl Settlement<'_> {
         if gone.is_empty() || self.keyless() {
             return Ok(());
         }
+        let dropped = self.dropped()?;
         let sought: HashSet<[u8; 32]> = self.compared.sought.iter().map(|l| l.content.0).collect();
         let mut lost: Vec<(String, Vec<u8>, Digest)> = Vec::new();
         Spi::connect(|client| -> Result<()> {
@@ -460,9 +509,15 @@ impl Settlement<'_> {
                     let bytes: Vec<u8> = required(row["entries"].value()?)?;
                     let block = BlockView::parse(&bytes)
                         .map_err(|e| Error::corrupted("a ledger block is damaged").detail(e.to_string()))?;
+                    let chunk: String = required(row["chunk_id"].value()?)?;
+                    let Some(counted) = dropped.get(&chunk) else { continue };
                     for line in (0..block.len()).map(|i| block.entry(i)) {
-                        if gone.contains(line.digest.as_bytes()) && !sought.contains(line.digest.as_bytes()) {
-                            lost.push((required(row["chunk_id"].value()?)?, line.key.to_vec(), line.digest));
+                        let digest = line.digest.as_bytes();
+                        if gone.contains(digest)
+                            && !sought.contains(digest)
+                            && counted.contains(&subject(digest, line.key))
+                        {
+                            lost.push((chunk.clone(), line.key.to_vec(), line.digest));
                         }
                     }
                 }
@@ -474,9 +529,28 @@ impl Settlement<'_> {
         Ok(())
     }
 
+    /// What the chunks have counted as duplicates: hashes of content and key. The ledger lists records that the source no longer has, too.
+    fn dropped(&self) -> Result<HashMap<String, HashSet<u64>>> {
+        Spi::connect(|client| {
+            client
+                .select(
+                    "SELECT k.chunk_id, k.dropped FROM dedup.reconciled_chunks AS k JOIN dedup.run_tables AS t ON t.run_id = $2 AND t.table_id = k.table_id \
+                     WHERE k.reconciliation_id = $1 AND t.target_id = $3 AND k.dropped IS NOT NULL",
+                    None,
+                    &[self.reconciliation.into(), self.run.into(), self.target.id.into()],
+                )?
+                .map(|row| {
+                    let packed: Vec<u8> = required(row["dropped"].value()?)?;
+                    let (hashes, _) = packed.as_chunks::<8>();
+                    Ok((required(row["chunk_id"].value()?)?, hashes.iter().map(|h| u64::from_be_bytes(*h)).collect()))
+                })
+                .collect()
+        })
+    }
+
     /// Adds the findings to what the chunks have found. Who was taken for a duplicate, or for present, and is missing is that no more.
-    fn enter(&self, reconciliation: i64) -> Result<()> {
-        let keyless = self.keyless();
+    fn enter(&self) -> Result<()> {
+        let (reconciliation, keyless) = (self.reconciliation, self.keyless());
         for (chunk, findings) in self.findings.iter().filter(|(_, findings)| !findings.is_empty()) {
             let counts: Vec<i64> = Kind::ALL.iter().map(|&kind| findings.count(kind)).collect();
             Spi::run_with_args(
@@ -490,9 +564,8 @@ impl Settlement<'_> {
                  WHERE k.reconciliation_id = $1 AND k.chunk_id = $2",
                 &[reconciliation.into(), chunk.as_str().into(), counts.into(), keyless.into()],
             )?;
-            findings.enter(reconciliation, self.run, chunk, self.target.id, |key| match keyless {
-                true => Ok(None),
-                false => self.target.key_types.query_string(key).map(Some),
+            findings.enter(reconciliation, self.run, chunk, self.target.id, self.strict, |key| {
+                self.target.key_types.query_string(key)
             })?;
         }
         Ok(())

@@ -153,6 +153,9 @@ async fn a_mismatch_holds_the_run() {
         (format!("SELECT dedup.requeue('{run}', 'failed')"), "55000"),
         ("UPDATE dedup.runs SET status = 'running'".to_owned(), "23503"),
         ("UPDATE dedup.runs SET status = 'reconciled'".to_owned(), "23503"),
+        ("UPDATE dedup.reconciliations SET verdict = 'abandoned'".to_owned(), "55000"),
+        ("UPDATE dedup.reconciliations SET verdict = 'clean'".to_owned(), "55000"),
+        ("DELETE FROM dedup.reconciliations".to_owned(), "55000"),
         ("UPDATE dedup.reconciliations SET released_by = reconciliation_id".to_owned(), "23514"),
         ("UPDATE dedup.reconciliations SET released_by = reconciliation_id + 1".to_owned(), "23503"),
     ] {
@@ -189,20 +192,112 @@ async fn a_source_that_changed() {
     assert_eq!(keys, expected);
     pair.reconcile().arg("--strict").exits(exit::HALTED).await;
     assert_eq!(statuses(&pair.target).await, [line(&["halted", "clean, mismatch"])]);
+    assert_eq!(
+        pair.target.one::<i64>("SELECT count(*) FROM dedup.divergences WHERE state = 'open'").await,
+        5
+    );
+    // Who asked strictly is not answered otherwise.
+    pair.reconcile().exits(exit::HALTED).await;
+    assert_eq!(statuses(&pair.target).await, [line(&["halted", "clean, mismatch, clean"])]);
+}
+
+/// A record without a key that came later is named without one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_record_without_a_key_that_is_new() {
+    let pair = Pair::start().await;
+    pair.source.exec("CREATE TABLE public.people (id int, note text)").await;
+    pair.target.exec("CREATE TABLE public.people (id int PRIMARY KEY, note text)").await;
+    pair.source
+        .exec("INSERT INTO public.people SELECT n, 'note ' || n FROM generate_series(1, 50) AS n")
+        .await;
+    pair.run(&["public.people"]).exits(exit::DONE).await;
+    pair.source.exec("INSERT INTO public.people VALUES (NULL, 'new')").await;
+    pair.reconcile().exits(exit::DONE).await;
+    let found = pair.target.texts("SELECT kind, key, packed_key::text FROM dedup.divergences").await;
+    assert_eq!(found, [vec![Some("source_changed".to_owned()), None, None]]);
+}
+
+/// Rows under the keys of records that were dropped, or set aside.
+async fn keys_that_are_taken(kind: &Items) {
+    let pair = items(kind).await;
+    let db = &pair.target;
+    let dropped: Vec<String> = db
+        .column("SELECT n FROM generate_series(1, 2000) AS n WHERE n NOT IN (SELECT n FROM public.items) ORDER BY 1 LIMIT 3")
+        .await;
+    db.exec(&format!(
+        "INSERT INTO public.items SELECT {0}, n, 'garbage', NULL FROM generate_series({1}, {1}) AS n; \
+         INSERT INTO public.items SELECT {0}, n, 'body ' || n % 1500, 'another note' FROM generate_series({2}, {2}) AS n",
+        kind.values, dropped[0], dropped[1]
+    ))
+    .await;
+    pair.reconcile().exits(exit::HALTED).await;
+    let mut expected = [format!("foreign {}", dropped[0]), format!("surviving_duplicate {}", dropped[1])];
+    expected.sort();
+    assert_eq!(named(db, kind.number).await, expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_that_are_taken_by_number() {
+    keys_that_are_taken(&BY_NUMBER).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_that_are_taken_by_text() {
+    keys_that_are_taken(&BY_TEXT).await;
+}
+
+/// A record that the source has twice, one of which was dropped: the ledger's line explains one of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_line_of_the_ledger_explains_one_record() {
+    let pair = Pair::start().await;
+    pair.source.exec("CREATE TABLE public.twice (id int, body text, note text)").await;
+    pair.target.exec("CREATE TABLE public.twice (id int PRIMARY KEY, body text, note text)").await;
+    pair.source
+        .exec("INSERT INTO public.twice SELECT n, 'body ' || n, 'note' FROM generate_series(1, 50) AS n; INSERT INTO public.twice VALUES (5, 'body 5', 'note')")
+        .await;
+    pair.run(&["public.twice"]).args(&["--content-columns", "public.twice:body"]).exits(exit::DONE).await;
+    pair.reconcile().exits(exit::DONE).await;
+    pair.target.exec("UPDATE public.twice SET note = 'tampered' WHERE id = 5").await;
+    pair.reconcile().exits(exit::HALTED).await;
+    let found = pair.target.column("SELECT kind || ' ' || key FROM dedup.divergences").await;
+    assert_eq!(found, ["changed id=5"]);
 }
 
 /// What was in the source when an earlier run read it, and no longer when the last one did.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_row_too_many() {
     let pair = items(&BY_NUMBER).await;
-    pair.source.exec("DELETE FROM public.items WHERE n IN (11, 1200)").await;
+    pair.source.exec("DELETE FROM public.items WHERE n IN (700, 1200)").await;
     pair.run(&["public.items"])
         .args(&["--content-columns", "public.items:body"])
         .chunk_size("10kB")
         .exits(exit::DONE)
         .await;
     pair.reconcile().exits(exit::HALTED).await;
-    assert_eq!(named(&pair.target, BY_NUMBER.number).await, ["extra 11", "extra 1200"]);
+    assert_eq!(named(&pair.target, BY_NUMBER.number).await, ["extra 1200", "extra 700"]);
+    // An index that is made anew does not forget who wrote what.
+    pair.target.exec("SELECT dedup.reindex_target('public.items')").await;
+    pair.reconcile().exits(exit::HALTED).await;
+    assert_eq!(named(&pair.target, BY_NUMBER.number).await, ["extra 1200", "extra 700"]);
+    pair.target.exec("DELETE FROM public.items WHERE n IN (700, 1200)").await;
+    pair.reconcile().exits(exit::DONE).await;
+}
+
+/// Runs of the same table with a filter have parts of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_part_of_the_source() {
+    let pair = items(&BY_NUMBER).await;
+    pair.source.exec("UPDATE public.items SET note = 'revised' WHERE n BETWEEN 100 AND 200").await;
+    pair.run(&["public.items"])
+        .args(&["--content-columns", "public.items:body", "--name", "part"])
+        .args(&["--where", "public.items:n BETWEEN 100 AND 200"])
+        .chunk_size("3kB")
+        .exits(exit::DONE)
+        .await;
+    pair.reconcile().exits(exit::DONE).await;
+    pair.target.exec("DELETE FROM public.items WHERE n = 150").await;
+    pair.reconcile().exits(exit::HALTED).await;
+    assert_eq!(named(&pair.target, BY_NUMBER.number).await, ["missing 150"]);
 }
 
 /// Rows of one run are none of another's that has another source; two sources of one run share a target.
@@ -219,6 +314,13 @@ async fn several_sources() {
         ))
         .await;
     let content = ["--content-columns", "public.more:body", "--content-columns", "public.most:body"];
+    pair.run(&["public.more=public.items", "public.most=public.items"])
+        .args(&content)
+        .chunk_size("10kB")
+        .exits(exit::DONE)
+        .await;
+    pair.reconcile().exits(exit::DONE).await;
+    // Everything is unchanged in the next run, and written by this one.
     pair.run(&["public.more=public.items", "public.most=public.items"])
         .args(&content)
         .chunk_size("10kB")
@@ -316,14 +418,17 @@ async fn killed_and_taken_up() {
     }
     let compared = "SELECT concat_ws(' ', chunk_id, compared_at) FROM dedup.reconciled_chunks ORDER BY 1";
     let before = pair.target.column(compared).await;
+    // A row of a chunk that was compared goes while nobody looks; the chunk is compared again.
+    pair.target.exec("DELETE FROM public.items WHERE n = 2").await;
     assert!(before.len() >= 2, "{before:?}");
     pair.reconcile().exits(exit::HALTED).await;
     let after = pair.target.column(compared).await;
-    assert!(before.iter().all(|chunk| after.contains(chunk)), "chunks were compared again");
+    let again: Vec<_> = before.iter().filter(|chunk| !after.contains(chunk)).collect();
+    assert!(again.len() == 1 && again[0].starts_with("1:000001 "), "compared again: {again:?}");
     assert!(after.len() > before.len());
     assert_eq!(statuses(&pair.target).await, [line(&["halted", "mismatch"])]);
     let found = named(&pair.target, BY_NUMBER.number).await;
-    assert_eq!(found, ["missing 1400", "missing 1505", "missing 5"]);
+    assert_eq!(found, ["missing 1400", "missing 1502", "missing 1505", "missing 2", "missing 5"]);
 }
 
 /// In SQL, with several scans of a target that does not fit the memory for them.
@@ -389,10 +494,20 @@ async fn passes_that_do_not_count() {
     }
     let (state, message) = db.fails(&format!("SELECT dedup.reconcile_chunk({pass}, 'none', '')")).await;
     assert_eq!(state, "42704", "{message}");
-    db.exec(&format!(
-        "SELECT dedup.reconcile_chunk({pass}, chunk_id, '') FROM dedup.checkpoints; UPDATE dedup.runs SET status = 'running'"
-    ))
-    .await;
+    let rest =
+        format!("SELECT dedup.reconcile_chunk({pass}, chunk_id, '') FROM dedup.checkpoints WHERE chunk_no");
+    db.exec(&format!("{rest} > 1")).await;
+    let (state, message) = db.fails(&format!("SELECT dedup.settle_reconcile({pass})")).await;
+    assert_eq!(state, "55000", "{message}");
+    db.exec(&format!("{rest} = 1")).await;
+    let (state, message) = db.fails(&format!("SELECT dedup.close_reconcile({pass})")).await;
+    assert_eq!(state, "55000", "{message}");
+    let counts = "SELECT string_agg(k::text, ',' ORDER BY chunk_id) FROM dedup.reconciled_chunks AS k";
+    db.exec(&format!("SELECT dedup.settle_reconcile({pass})")).await;
+    let once: String = db.one(counts).await;
+    db.exec(&format!("SELECT dedup.settle_reconcile({pass})")).await;
+    assert_eq!(db.one::<String>(counts).await, once, "settled twice");
+    db.exec("UPDATE dedup.runs SET status = 'running'").await;
     assert_eq!(db.one::<String>(&format!("SELECT dedup.close_reconcile({pass})")).await, "abandoned");
     assert_eq!(statuses(db).await, [line(&["running", "abandoned"])]);
 }
@@ -472,4 +587,36 @@ async fn halted_and_rewritten() {
     // It counts, though the index has no entry of it.
     pair.reconcile().exits(exit::DONE).await;
     assert_eq!(statuses(&pair.target).await[0][0].as_deref(), Some("reconciled"));
+}
+
+/// What is stored with a run is not executed as somebody else who reconciles it; an index for other columns is of no use to a run.
+#[tokio::test(flavor = "multi_thread")]
+async fn runs_that_are_not_ones_own() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec(
+        "CREATE TABLE s (k int PRIMARY KEY, body text); CREATE TABLE t (LIKE s INCLUDING ALL); INSERT INTO s SELECT n, n FROM generate_series(1, 9) AS n",
+    )
+    .await;
+    let run: String = db.one("SELECT dedup.create_run('local')::text").await;
+    db.exec(&format!("SELECT dedup.add_table('{run}', 'public.s', 't'), dedup.plan_chunks('{run}')")).await;
+    db.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+    db.exec("CREATE ROLE other SUPERUSER; SET ROLE other").await;
+    let pass: i64 = db.one(&format!("SELECT dedup.begin_reconcile('{run}')")).await;
+    for sql in
+        [format!("SELECT dedup.reconcile('{run}')"), format!("SELECT dedup.reconcile_local_chunks({pass})")]
+    {
+        let (state, message) = db.fails(&sql).await;
+        assert_eq!(state, "42501", "{sql}: {message}");
+    }
+    db.exec("RESET ROLE; SELECT dedup.forget_target('t')").await;
+    let next: String = db.one("SELECT dedup.create_run('next')::text").await;
+    db.exec(&format!(
+        "SELECT dedup.add_table('{next}', 'public.s', 't', content_columns => '{{body}}'), dedup.plan_chunks('{next}')"
+    ))
+    .await;
+    db.exec(&format!("CALL dedup.migrate_run('{next}')")).await;
+    let (state, message) = db.fails(&format!("SELECT dedup.reconcile('{run}')")).await;
+    assert_eq!(state, "55000", "{message}");
+    assert!(message.contains("other columns"), "{message}");
 }
