@@ -7,16 +7,18 @@ use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
+use pg_dedup_record::checksum::Checksum;
 use pg_dedup_record::fold::Lists;
 use pg_dedup_record::layout::Layout;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use pgrx::{
-    JsonB, PgSubXactCallbackEvent, PgXactCallbackEvent, Uuid, pg_sys, register_subxact_callback,
+    PgSubXactCallbackEvent, PgXactCallbackEvent, Uuid, pg_sys, register_subxact_callback,
     register_xact_callback,
 };
 
 use crate::error::{Error, Result};
+use crate::hash::layout::stored_layout;
 use crate::keyset::{self, KeyTypes};
 use crate::matching::Standing;
 use crate::planning::ByIndex;
@@ -338,9 +340,7 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
             ))
             .hint("dedup.forget_target drops it; cancel the run otherwise"));
         }
-        let JsonB(layout) = required(found["layout"].value()?)?;
-        let layout: Layout = serde_json::from_value(layout)
-            .map_err(|e| Error::corrupted(format!("unreadable layout: {e}")))?;
+        let layout = stored_layout(required(found["layout"].value()?)?)?;
         let comparable: bool = required(found["range_comparable"].value()?)?;
         let kind: String = required(found["range_kind"].value()?)?;
         let range = (comparable && kind == "key").then_some(KeyRange {
@@ -439,6 +439,17 @@ fn is_occupied(chunk: &OpenChunk) -> Result<bool> {
     let query = format!("SELECT EXISTS (SELECT FROM {} AS t WHERE {condition})", chunk.target_name());
     let arguments: Vec<_> = arguments.iter().map(|a| a.as_str().into()).collect();
     required(Spi::get_one_with_args::<bool>(&query, &arguments)?)
+}
+
+/// A checksum as checkpoints keep it.
+///
+/// # Errors
+/// XX001 when it is null or not 32 bytes.
+pub fn stored_checksum(bytes: Option<Vec<u8>>) -> Result<Checksum> {
+    let bytes: [u8; 32] = required(bytes)?
+        .try_into()
+        .map_err(|_| Error::corrupted("a checkpoint's checksum is not 32 bytes"))?;
+    Ok(Checksum::from_bytes(&bytes))
 }
 
 /// A value that a NOT NULL column or an aggregate cannot leave out.

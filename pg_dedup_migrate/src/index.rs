@@ -9,7 +9,9 @@ use pgrx::{JsonB, PgRelation, Uuid, pg_sys};
 
 use crate::chunk::{self, required};
 use crate::error::{Error, Result};
+use crate::hash::layout::stored_layout;
 use crate::keyset::{KeyTypes, qualified_name};
+use crate::ledger;
 use crate::lookup::{self, Place};
 use crate::relation::{Access, Snapshot, Table};
 use crate::segment::{self, BlockReader};
@@ -41,11 +43,10 @@ impl Target {
                 &[argument],
             )?;
             let row = rows.into_iter().next().ok_or_else(missing)?;
-            let JsonB(layout) = required(row["layout"].value()?)?;
+            let layout: JsonB = required(row["layout"].value()?)?;
             Ok((required(row["target_id"].value()?)?, required(row["target"].value()?)?, layout))
         })?;
-        let layout: Layout = serde_json::from_value(layout)
-            .map_err(|e| Error::corrupted(format!("unreadable layout: {e}")))?;
+        let layout = stored_layout(layout)?;
         let key_types = KeyTypes::of(table, &layout)?;
         Ok(Self { id, table, layout, key_types })
     }
@@ -362,8 +363,7 @@ fn ledger_entries(
     ErrorReport,
 > {
     let target = Target::by_id(target_id)?;
-    let view = BlockView::parse(entries)
-        .map_err(|e| Error::corrupted("a ledger block is damaged").detail(e.to_string()))?;
+    let view = ledger::parse(entries)?;
     let mut digests: Vec<[u8; 32]> = view.digests().map(|digest| digest.0).collect();
     digests.dedup();
     let wanted: Vec<u32> = (0..digests.len() as u32).collect();

@@ -3,9 +3,9 @@
 //! All of it takes the index's lock exclusively: no chunk is in flight on the target meanwhile.
 use pg_dedup_record::block::{Entry, Stamp};
 use pg_dedup_record::digest::Digest;
-use pgrx::PgRelation;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
+use pgrx::{PgRelation, pg_sys};
 
 use crate::chunk;
 use crate::error::{Error, Result};
@@ -27,7 +27,7 @@ fn index_existing(target: PgRelation) -> Result<i64, ErrorReport> {
     let target = Target::of(target.oid())?;
     shmem::attached()?;
     lock_exclusively(&target)?;
-    refuse_row_security(&target)?;
+    refuse_row_security(target.table, "cannot be indexed")?;
     // Entries of rows that are gone would make later records duplicates of nothing: only a reindex may say that the files are new.
     Spi::run_with_args("SELECT dedup.check_filenodes($1)", &[target.id.into()]).map_err(Error::from)?;
     // Rows of one scan have different keys: only what was indexed before can stand there already.
@@ -45,7 +45,7 @@ fn reindex_target(target: PgRelation) -> Result<i64, ErrorReport> {
     let target = Target::of(target.oid())?;
     shmem::attached()?;
     lock_exclusively(&target)?;
-    refuse_row_security(&target)?;
+    refuse_row_security(target.table, "cannot be indexed")?;
     // A halted run stays so until it is reconciled, which needs an index that describes the rows there are.
     refuse_open_runs(&target, &["running", "paused", "failed", "rolling_back"])?;
     Spi::run_with_args(
@@ -131,18 +131,21 @@ fn lock_exclusively(target: &Target) -> Result<()> {
     )?)
 }
 
-/// A row that is hidden from this role would be missing in the index, and its content be written once more.
-fn refuse_row_security(target: &Target) -> Result<()> {
-    if Spi::get_one_with_args::<bool>("SELECT pg_catalog.row_security_active($1)", &[target.table.into()])?
+/// A row that is hidden from this role would be missing; `so` says what that would lead to.
+///
+/// # Errors
+/// 42501 where row security applies to the role.
+pub fn refuse_row_security(table: pg_sys::Oid, so: &str) -> Result<()> {
+    if Spi::get_one_with_args::<bool>("SELECT pg_catalog.row_security_active($1)", &[table.into()])?
         != Some(true)
     {
         return Ok(());
     }
     Err(Error::new(
         PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
-        format!("row security is active on {}", qualified_name(target.table)),
+        format!("row security is active on {}", qualified_name(table)),
     )
-    .hint("use a role with BYPASSRLS or the owner: a hidden row cannot be indexed"))
+    .hint(format!("use a role with BYPASSRLS or the owner: a hidden row {so}")))
 }
 
 /// A run that is open counts on its entries: without them it would write its own records again, or never miss what is gone.

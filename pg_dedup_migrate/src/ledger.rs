@@ -1,7 +1,7 @@
 //! The ledger: which duplicates a chunk dropped, packed into rows of `dedup.ledger_block` in order of digest.
 //!
 //! Written natively, as segments are: a chunk of a hundred thousand records may drop most of them.
-use pg_dedup_record::block::{BlockBuilder, BlockError, Entry, Stamp};
+use pg_dedup_record::block::{BlockBuilder, BlockError, BlockView, Entry, Stamp};
 use pg_dedup_record::wire;
 
 use crate::error::{Error, Result};
@@ -37,6 +37,14 @@ pub fn write(target: i32, ordinal: i64, ledger: &[u8], duplicates: i64) -> Resul
             .detail(format!("{count} entries, {duplicates} duplicates.")));
     }
     Ok(())
+}
+
+/// Reads a row of `dedup.ledger_block`.
+///
+/// # Errors
+/// XX001 when its bytes are damaged.
+pub fn parse(entries: &[u8]) -> Result<BlockView<'_>> {
+    BlockView::parse(entries).map_err(|e| Error::corrupted("a ledger block is damaged").detail(e.to_string()))
 }
 
 struct LedgerWriter<'a> {

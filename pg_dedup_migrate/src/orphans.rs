@@ -4,13 +4,13 @@
 //! first, would be lost if no other row holds it. No run is done before the chunks of its own losers have been done again.
 use std::collections::HashSet;
 
-use pg_dedup_record::block::BlockView;
 use pgrx::Uuid;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
 use crate::chunk::required;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::ledger;
 use crate::lookup;
 use crate::relation::{Access, Snapshot, Table};
 use crate::segment::{self, BlockReader};
@@ -84,8 +84,7 @@ fn losers(target: i32, gone: &HashSet<[u8; 32]>) -> Result<Vec<(Uuid, String, i6
                 let run: Uuid = required(row["run_id"].value()?)?;
                 let chunk: String = required(row["chunk_id"].value()?)?;
                 let entries: Vec<u8> = required(row["entries"].value()?)?;
-                let view = BlockView::parse(&entries)
-                    .map_err(|e| Error::corrupted("a ledger block is damaged").detail(e.to_string()))?;
+                let view = ledger::parse(&entries)?;
                 let lost = view.digests().filter(|d| gone.contains(d.as_bytes())).count() as i64;
                 match chunks.last_mut() {
                     _ if lost == 0 => {}

@@ -15,7 +15,7 @@ use pgrx::Uuid;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
-use crate::chunk::required;
+use crate::chunk::{required, stored_checksum};
 use crate::error::{Error, Result};
 use crate::hash::rows;
 use crate::index::Target;
@@ -151,14 +151,11 @@ fn waiting(run: Uuid, table_id: i32) -> Result<Waiting> {
         for row in rows {
             let chunk_id: String = required(row["chunk_id"].value()?)?;
             if waiting.chunks.last().is_none_or(|last| last.chunk_id != chunk_id) {
-                let sum: Vec<u8> = required(row["written_checksum"].value()?)?;
-                let sum: [u8; 32] = sum
-                    .try_into()
-                    .map_err(|_| Error::corrupted("a checkpoint's checksum is not 32 bytes"))?;
+                let sum = stored_checksum(row["written_checksum"].value()?)?;
                 waiting.chunks.push(Written {
                     chunk_id,
                     ordinal: required(row["last"].value::<i64>()?)? as u64,
-                    wrote: (required(row["written_count"].value()?)?, Checksum::from_bytes(&sum)),
+                    wrote: (required(row["written_count"].value()?)?, sum),
                     found: (0, Checksum::default()),
                     rows: required(row["rows"].value()?)?,
                     missing: 0,

@@ -19,7 +19,9 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use crate::cli::{DoctorArgs, FileArgs, ReconcileArgs, RunArgs, StatusArgs, TableArgs, Verify, WorkArgs};
+use crate::cli::{
+    DoctorArgs, EndpointArgs, FileArgs, ReconcileArgs, RunArgs, StatusArgs, TableArgs, Verify, WorkArgs,
+};
 use crate::error::{Error, Result};
 use crate::names::{self, TableName};
 
@@ -79,10 +81,7 @@ pub struct Job {
 impl Job {
     /// The job of `run`.
     pub fn of_run(args: &RunArgs) -> Result<Job> {
-        let mut file = FileConfig::load(&args.file)?;
-        file.source = args.endpoints.source.clone().or(file.source);
-        file.target = args.endpoints.target.clone().or(file.target);
-        file.workers = args.workers.or(file.workers);
+        let mut file = FileConfig::load_for(&args.file, &args.endpoints, args.workers)?;
         file.chunk_size = args.chunk_size.clone().map(Size::Text).or(file.chunk_size);
         file.error_budget = args.error_budget.or(file.error_budget);
         file.verify = args.verify.or(file.verify);
@@ -102,10 +101,7 @@ impl Job {
 
     /// The job of `work`.
     pub fn of_work(args: &WorkArgs) -> Result<Job> {
-        let mut file = FileConfig::load(&args.file)?;
-        file.source = args.endpoints.source.clone().or(file.source);
-        file.target = args.endpoints.target.clone().or(file.target);
-        file.workers = args.workers.or(file.workers);
+        let mut file = FileConfig::load_for(&args.file, &args.endpoints, args.workers)?;
         file.error_budget = args.error_budget.or(file.error_budget);
         let mut job = file.into_job()?;
         job.json = args.file.json;
@@ -114,10 +110,7 @@ impl Job {
 
     /// The job of `reconcile`.
     pub fn of_reconcile(args: &ReconcileArgs) -> Result<Job> {
-        let mut file = FileConfig::load(&args.file)?;
-        file.source = args.endpoints.source.clone().or(file.source);
-        file.target = args.endpoints.target.clone().or(file.target);
-        file.workers = args.workers.or(file.workers);
+        let file = FileConfig::load_for(&args.file, &args.endpoints, args.workers)?;
         let mut job = file.into_job()?;
         job.json = args.file.json;
         Ok(job)
@@ -134,10 +127,7 @@ impl Job {
 
     /// The job of `doctor`.
     pub fn of_doctor(args: &DoctorArgs) -> Result<Job> {
-        let mut file = FileConfig::load(&args.file)?;
-        file.source = args.endpoints.source.clone().or(file.source);
-        file.target = args.endpoints.target.clone().or(file.target);
-        file.workers = args.workers.or(file.workers);
+        let mut file = FileConfig::load_for(&args.file, &args.endpoints, args.workers)?;
         file.chunk_size = args.chunk_size.clone().map(Size::Text).or(file.chunk_size);
         let mut job = file.into_job()?;
         job.apply_tables(&args.tables)?;
@@ -249,6 +239,15 @@ impl FileConfig {
             Some(path) => FileConfig::read(path),
             None => Ok(FileConfig::default()),
         }
+    }
+
+    /// The file with what most commands say by flags, too.
+    fn load_for(args: &FileArgs, endpoints: &EndpointArgs, workers: Option<u16>) -> Result<FileConfig> {
+        let mut file = FileConfig::load(args)?;
+        file.source = endpoints.source.clone().or(file.source);
+        file.target = endpoints.target.clone().or(file.target);
+        file.workers = workers.or(file.workers);
+        Ok(file)
     }
 
     fn read(path: &Path) -> Result<FileConfig> {

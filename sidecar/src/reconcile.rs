@@ -104,18 +104,17 @@ pub async fn reconcile(job: &Job, wanted: &str, strict: bool, stop: Stop) -> Res
         let _progress = Progress::show(counters, plan);
         compare(&pass, job.workers).await.map_err(resumable)?;
     }
-    if stop.finishing() {
+    let concluded = tokio::select! {
+        biased;
+        () = stop.asked() => None,
+        concluded = conclude(&admin, id) => Some(concluded),
+    };
+    let Some(concluded) = concluded else {
+        admin.cancel().await;
         tracing::warn!("interrupted; pg-dedup-migrate reconcile {} goes on with what is left", run.run_id);
         return Ok(130);
-    }
-    tokio::select! {
-        concluded = conclude(&admin, id) => concluded.map_err(resumable)?,
-        () = stop.asked() => {
-            admin.cancel().await;
-            tracing::warn!("interrupted; pg-dedup-migrate reconcile {} goes on with what is left", run.run_id);
-            return Ok(130);
-        }
-    }
+    };
+    concluded.map_err(resumable)?;
     let verdict = Verdict::load(&admin, id).await?;
     verdict.print(job.json)?;
     Ok(verdict.exit_code())

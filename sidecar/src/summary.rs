@@ -153,12 +153,17 @@ impl Summary {
 
     /// Prints the books on standard output, the last thing a run says.
     pub fn print(&self, json: bool) -> Result<()> {
-        if json {
-            print_json(self)
-        } else {
-            print_text(&self.text());
-            Ok(())
-        }
+        print(self, json, || self.text())
+    }
+}
+
+/// Prints a value on standard output, as one line of JSON or as its text.
+pub fn print(value: &impl Serialize, json: bool, text: impl FnOnce() -> String) -> Result<()> {
+    if json {
+        print_json(value)
+    } else {
+        print_text(&text());
+        Ok(())
     }
 }
 

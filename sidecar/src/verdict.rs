@@ -5,7 +5,7 @@ use uuid::Uuid;
 
 use crate::conn::Session;
 use crate::error::{At, Result};
-use crate::summary::{print_json, print_text};
+use crate::summary::print;
 
 /// Divergences shown as lines.
 const SHOWN: usize = 20;
@@ -174,12 +174,7 @@ impl Verdict {
 
     /// Prints it on standard output.
     pub fn print(&self, json: bool) -> Result<()> {
-        if json {
-            print_json(self)
-        } else {
-            print_text(&self.text());
-            Ok(())
-        }
+        print(self, json, || self.text())
     }
 }
 

@@ -13,6 +13,13 @@ pub const NARROW_CONTENT: &[&str] = &["label", "amount", "happened_at", "flags",
 /// All columns of [`narrow_table`].
 pub const NARROW_COLUMNS: &[&str] = &["id", "label", "amount", "happened_at", "flags", "body"];
 
+/// Definition of a table without a key.
+pub const LOG_TABLE: &str = "CREATE TABLE public.log (at timestamptz, line text)";
+/// Fills [`LOG_TABLE`]: 9,000 rows of 2,700 contents.
+pub const LOG_ROWS: &str = "INSERT INTO public.log \
+     SELECT timestamptz '2024-01-01+00' + n % 900 * interval '1 s', 'line ' || n % 2700 FROM generate_series(1, 9000) AS n; \
+     ANALYZE public.log";
+
 /// Which content the row numbered `n` carries, as an SQL expression of `n`: equal values are duplicates.
 pub enum Content {
     /// Every content once.

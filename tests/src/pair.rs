@@ -70,6 +70,16 @@ impl Pair {
         self.sidecar("reconcile").arg("last")
     }
 
+    /// Dumps the target's database and restores it into another one of the same server, `restored`.
+    pub async fn restored(&self) -> Db {
+        let file = self.target_cluster.dir().join("dump");
+        let file = file.to_string_lossy();
+        self.target_cluster.program("pg_dump", &["-Fc", "-f", &file, DATABASE]);
+        self.target.exec("CREATE DATABASE restored").await;
+        self.target_cluster.program("pg_restore", &["-d", "restored", "--exit-on-error", &file]);
+        Db::connect(&self.target_cluster, "restored").await
+    }
+
     /// A further connection to the target.
     pub async fn target_again(&self) -> Db {
         Db::connect(&self.target_cluster, DATABASE).await

@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use pg_dedup_record::ENCODING_VERSION;
 use pg_dedup_record::layout::{Column, Layout};
 use pgrx::pg_sys::{self, Oid};
-use pgrx::{PgSqlErrorCode, PgTupleDesc};
+use pgrx::{JsonB, PgSqlErrorCode, PgTupleDesc};
 use std::ffi::CStr;
 
 /// The layout of records for table `relid`: `columns` in the order of the COPY stream, of which `key` and
@@ -30,6 +30,14 @@ pub fn target_layout(relid: Oid, columns: &[String], key: &[String], content: &[
             .detail(format!("{error}."))
     })?;
     Ok(layout)
+}
+
+/// A layout as dedup's tables keep it.
+///
+/// # Errors
+/// XX001 when it is none.
+pub fn stored_layout(JsonB(layout): JsonB) -> Result<Layout> {
+    serde_json::from_value(layout).map_err(|e| Error::corrupted(format!("unreadable layout: {e}")))
 }
 
 /// Where each of `names` stands among `columns`.

@@ -2,16 +2,15 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::CStr;
 
-use pg_dedup_record::block::BlockView;
 use pg_dedup_record::checksum::Checksum;
 use pg_dedup_record::digest::Digest;
 use pg_dedup_record::wire::{LedgerEntry, RecordEntry};
-use pg_dedup_record::{BatchBuilder, pgcopy};
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 
+use super::explained::{Ledger, quarantined};
 use super::report::{Findings, Kind};
-use super::{Chunk, Owner, Rows, owner};
+use super::{Chunk, Owner, Owners, Rows, pack_hashes, rows_under};
 use crate::chunk::{KeyRange, required};
 use crate::error::{Error, Result};
 use crate::hash::rows::{self, View};
@@ -148,7 +147,7 @@ impl<'a> Comparison<'a> {
         keys.sort_unstable();
         keys.dedup();
         let mut stored = Vec::new();
-        chunk.rows_under(&keys, |n, row| {
+        rows_under(chunk.table, &chunk.layout, &chunk.key_types, &keys, |n, row| {
             let digests = row.digests()?;
             stored.clear();
             row.write_key(&mut stored)?;
@@ -163,10 +162,7 @@ impl<'a> Comparison<'a> {
 
     /// Without keys: a content that the index has counts as present, and the index is compared with the rows in the end.
     fn match_contents(&mut self, snapshot: &Snapshot) -> Result<()> {
-        let mut digests: Vec<[u8; 32]> = self.records.iter().map(|r| *r.content.as_bytes()).collect();
-        digests.sort_unstable();
-        digests.dedup();
-        let wanted: Vec<u32> = (0..digests.len() as u32).collect();
+        let (digests, wanted) = distinct(self.records.iter().map(|record| record.content));
         let present = lookup::present(self.chunk.target_id, &digests, &wanted, &[], snapshot)?;
         let mut taken = vec![false; digests.len()];
         for (i, record) in self.records.iter().enumerate() {
@@ -184,7 +180,7 @@ impl<'a> Comparison<'a> {
     fn explain(&mut self, snapshot: &Snapshot) -> Result<()> {
         let chunk = self.chunk;
         let mut quarantine = quarantined(chunk)?;
-        let mut ledger = if chunk.keyless() { Ledger::new(Vec::new()) } else { Ledger::load(chunk)? };
+        let mut ledger = Ledger::load(chunk)?;
         for (record, fate) in
             self.records.iter().zip(&mut self.fates).filter(|(_, fate)| **fate == Fate::Open)
         {
@@ -219,11 +215,7 @@ impl<'a> Comparison<'a> {
     /// the rows then.
     fn look_for_survivors(&mut self, snapshot: &Snapshot) -> Result<()> {
         let losers = self.fated(Fate::Dropped);
-        let mut digests: Vec<[u8; 32]> =
-            losers.iter().map(|&i| *self.records[i as usize].content.as_bytes()).collect();
-        digests.sort_unstable();
-        digests.dedup();
-        let wanted: Vec<u32> = (0..digests.len() as u32).collect();
+        let (digests, wanted) = distinct(losers.iter().map(|&i| self.records[i as usize].content));
         let present = lookup::present(self.chunk.target_id, &digests, &wanted, &[], snapshot)?;
         let mut sought: Vec<LedgerEntry<'_>> = Vec::new();
         for &i in &losers {
@@ -324,7 +316,8 @@ impl<'a> Comparison<'a> {
     fn stands_elsewhere(&self, content: &Digest, places: &[Place], key: &[u8]) -> Result<bool> {
         let others: Vec<&[u8]> = places.iter().map(|p| p.key.as_slice()).filter(|k| *k != key).collect();
         let mut elsewhere = false;
-        self.chunk.rows_under(&others, |_, row| {
+        let chunk = self.chunk;
+        rows_under(chunk.table, &chunk.layout, &chunk.key_types, &others, |_, row| {
             elsewhere |= row.digests()?.content == *content;
             Ok(())
         })?;
@@ -338,25 +331,14 @@ impl<'a> Comparison<'a> {
             return Ok(());
         }
         let standing = self.standing(strangers.iter().map(|s| s.content), snapshot)?;
-        let mut owners: HashMap<u64, Owner> = HashMap::new();
+        let mut owners = Owners::new(self.chunk.run, self.chunk.target_id);
         for stranger in strangers {
             let place = standing
                 .get(stranger.content.as_bytes())
                 .and_then(|places| places.iter().find(|p| p.key == stranger.key));
-            let owner = match place {
-                None => Owner::Nobody,
-                Some(place) => match owners.get(&place.ordinal) {
-                    Some(known) => known.clone(),
-                    None => {
-                        let found = owner(self.chunk.run, self.chunk.target_id, place.ordinal)?;
-                        owners.insert(place.ordinal, found.clone());
-                        found
-                    }
-                },
-            };
+            let owner = place.map_or(Ok(Owner::Nobody), |place| owners.of(place.ordinal))?;
             let ours = match owner {
-                Owner::Table(table, _) => table == self.chunk.table_id,
-                Owner::SameSource(table) => table == self.chunk.table_id,
+                Owner::Table(table, _) | Owner::SameSource(table) => table == self.chunk.table_id,
                 Owner::Nobody | Owner::Other => false,
             };
             let kind = match (ours, self.source_is_same) {
@@ -375,13 +357,11 @@ impl<'a> Comparison<'a> {
         if ledger.is_empty() {
             return Ok(());
         }
-        let own: Vec<u32> = (0..self.records.len() as u32)
-            .filter(|&i| {
-                let record = &self.records[i as usize];
-                self.fates[i as usize] == Fate::Present
-                    && record.key.is_some_and(|key| ledger.lists(&record.content, key))
-            })
-            .collect();
+        let mut own = self.fated(Fate::Present);
+        own.retain(|&i| {
+            let record = &self.records[i as usize];
+            record.key.is_some_and(|key| ledger.lists(&record.content, key))
+        });
         if own.is_empty() {
             return Ok(());
         }
@@ -405,10 +385,7 @@ impl<'a> Comparison<'a> {
         contents: impl Iterator<Item = Digest>,
         snapshot: &Snapshot,
     ) -> Result<BTreeMap<[u8; 32], Vec<Place>>> {
-        let mut digests: Vec<[u8; 32]> = contents.map(|digest| digest.0).collect();
-        digests.sort_unstable();
-        digests.dedup();
-        let wanted: Vec<u32> = (0..digests.len() as u32).collect();
+        let (digests, wanted) = distinct(contents);
         let places = lookup::places(self.chunk.target_id, &digests, &wanted, snapshot)?;
         Ok(places.into_iter().map(|(i, places)| (digests[i as usize], places)).collect())
     }
@@ -425,7 +402,7 @@ impl<'a> Comparison<'a> {
         };
         let packed = |mut hashes: Vec<u64>| -> Vec<u8> {
             hashes.sort_unstable();
-            hashes.iter().flat_map(|hash| hash.to_be_bytes()).collect()
+            pack_hashes(&hashes)
         };
         let seen = matches!(chunk.rows, Rows::Keys | Rows::Contents).then(|| packed(self.seen));
         let dropped = (!self.dropped.is_empty()).then(|| packed(self.dropped));
@@ -464,6 +441,15 @@ impl<'a> Comparison<'a> {
         )?;
         Ok(self.findings.mismatches(chunk.strict))
     }
+}
+
+/// Digests as a look-up takes them: sorted, each once, all of them wanted.
+fn distinct(contents: impl Iterator<Item = Digest>) -> (Vec<[u8; 32]>, Vec<u32>) {
+    let mut digests: Vec<[u8; 32]> = contents.map(|digest| digest.0).collect();
+    digests.sort_unstable();
+    digests.dedup();
+    let wanted = (0..digests.len() as u32).collect();
+    (digests, wanted)
 }
 
 /// The snapshot of the statement that is being executed, as `pg_current_snapshot()` has it.
@@ -561,102 +547,4 @@ impl<'a> ByKey<'a> {
     fn records(&self, key: &[u8]) -> impl Iterator<Item = u32> + Clone + '_ {
         std::iter::successors(self.first.get(key).copied(), |&i| self.next[i as usize])
     }
-}
-
-/// What a chunk dropped as duplicates, by digest and key. Most of what it is asked for is not in it: the leading bits of a digest lead to the
-/// few lines it may be among.
-struct Ledger {
-    lines: Vec<(Digest, Vec<u8>)>,
-    /// Where the lines of each value of the leading bits begin, and where the last ones end.
-    starts: Vec<u32>,
-    /// How far a digest's prefix is shifted to get them.
-    shift: u32,
-    /// Of each line: a record was found for it.
-    taken: Vec<bool>,
-}
-
-impl Ledger {
-    fn load(chunk: &Chunk) -> Result<Self> {
-        let lines = Spi::connect(|client| -> Result<_> {
-            let mut lines = Vec::new();
-            let rows = client.select(
-                "SELECT l.entries FROM dedup.ordinals AS o JOIN dedup.ledger_block AS l USING (ordinal) WHERE o.run_id = $1 AND o.chunk_id = $2",
-                None,
-                &[chunk.run.into(), chunk.chunk_id.as_str().into()],
-            )?;
-            for row in rows {
-                let bytes: Vec<u8> = required(row["entries"].value()?)?;
-                let block = BlockView::parse(&bytes)
-                    .map_err(|e| Error::corrupted("a ledger block is damaged").detail(e.to_string()))?;
-                lines.extend((0..block.len()).map(|i| block.entry(i)).map(|e| (e.digest, e.key.to_vec())));
-            }
-            Ok(lines)
-        })?;
-        Ok(Self::new(lines))
-    }
-
-    fn new(mut lines: Vec<(Digest, Vec<u8>)>) -> Self {
-        lines.sort_unstable();
-        let bits = (lines.len().max(1).ilog2() + 1).min(24);
-        let shift = u64::BITS - bits;
-        let mut starts = vec![0; (1 << bits) + 1];
-        for (digest, _) in &lines {
-            starts[(digest.prefix() >> shift) as usize + 1] += 1;
-        }
-        for at in 1..starts.len() {
-            starts[at] += starts[at - 1];
-        }
-        let taken = vec![false; lines.len()];
-        Self { lines, starts, shift, taken }
-    }
-
-    fn is_empty(&self) -> bool {
-        self.lines.is_empty()
-    }
-
-    /// Whether a record was dropped.
-    fn lists(&self, content: &Digest, key: &[u8]) -> bool {
-        self.find(content, key).next().is_some()
-    }
-
-    /// Whether a record was dropped, once for each time it was.
-    fn take(&mut self, content: &Digest, key: &[u8]) -> bool {
-        let line = self.find(content, key).find(|&line| !self.taken[line]);
-        line.is_some_and(|line| !std::mem::replace(&mut self.taken[line], true))
-    }
-
-    fn find(&self, content: &Digest, key: &[u8]) -> impl Iterator<Item = usize> {
-        let bucket = (content.prefix() >> self.shift) as usize;
-        let lines = self.starts[bucket] as usize..self.starts[bucket + 1] as usize;
-        lines.filter(move |&line| {
-            let (digest, k) = &self.lines[line];
-            digest == content && k == key
-        })
-    }
-}
-
-/// Row digests of the chunk's quarantined records, and how many of each there are.
-fn quarantined(chunk: &Chunk) -> Result<HashMap<[u8; 32], u32>> {
-    let unreadable = |e: pg_dedup_record::BatchError| Error::corrupted(format!("a quarantined record: {e}"));
-    let mut batch = BatchBuilder::new(&chunk.layout, true);
-    batch.push(pgcopy::header()).map_err(unreadable)?;
-    Spi::connect(|client| -> Result<()> {
-        let rows = client.select(
-            "SELECT record FROM dedup.quarantine WHERE run_id = $1 AND chunk_id = $2 AND record IS NOT NULL",
-            None,
-            &[chunk.run.into(), chunk.chunk_id.as_str().into()],
-        )?;
-        for row in rows {
-            let record: Vec<u8> = required(row["record"].value()?)?;
-            batch.push(&record).map_err(unreadable)?;
-        }
-        Ok(())
-    })?;
-    batch.push(pgcopy::trailer()).map_err(unreadable)?;
-    let batch = batch.finish().map_err(unreadable)?;
-    let mut counts = HashMap::new();
-    for i in 0..batch.len() {
-        *counts.entry(*batch.digests(i).row.as_bytes()).or_default() += 1;
-    }
-    Ok(counts)
 }

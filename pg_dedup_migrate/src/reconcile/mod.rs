@@ -12,8 +12,11 @@
 //! Nothing is compared with what the run wrote down about itself: the hash index, the ledger and the books only say what kind of difference it
 //! is, or that a duplicate was dropped for a content whose row is really there.
 mod compare;
+mod explained;
 mod report;
 mod settle;
+
+use std::collections::HashMap;
 
 use pg_dedup_record::checksum::Checksum;
 use pg_dedup_record::layout::Layout;
@@ -22,9 +25,11 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use pgrx::{JsonB, Uuid, pg_sys};
 
-use crate::chunk::{KeyRange, required};
+use crate::chunk::{KeyRange, required, stored_checksum};
 use crate::error::{Error, Result};
+use crate::hash::layout::stored_layout;
 use crate::hash::rows::{self, View};
+use crate::indexing::refuse_row_security;
 use crate::keyset::{KeyTypes, column_list, qualified_name};
 use crate::local;
 use crate::planning::ByIndex;
@@ -84,9 +89,7 @@ impl Chunk {
             if verdict != "open" {
                 return Err(Error::state(format!("reconciliation {reconciliation} is {verdict}")));
             }
-            let JsonB(layout) = required(row["layout"].value()?)?;
-            let layout: Layout = serde_json::from_value(layout)
-                .map_err(|e| Error::corrupted(format!("unreadable layout: {e}")))?;
+            let layout = stored_layout(required(row["layout"].value()?)?)?;
             let kind: String = required(row["range_kind"].value()?)?;
             let rows = if required(row["keyless"].value()?)? {
                 Rows::Contents
@@ -103,11 +106,7 @@ impl Chunk {
             } else {
                 Rows::Keys
             };
-            let checksum: Vec<u8> = required(row["checksum"].value()?)?;
-            let checksum: [u8; 32] = checksum
-                .try_into()
-                .map_err(|_| Error::corrupted("a checkpoint's checksum is not 32 bytes"))?;
-            let read = (required(row["source_count"].value()?)?, Checksum::from_bytes(&checksum));
+            let read = (required(row["source_count"].value()?)?, stored_checksum(row["checksum"].value()?)?);
             let table: pg_sys::Oid = required(row["target"].value()?)?;
             Ok(Self {
                 reconciliation,
@@ -132,29 +131,31 @@ impl Chunk {
     fn keyless(&self) -> bool {
         self.layout.key.is_empty()
     }
+}
 
-    /// The rows of the target under these keys, and each key's position.
-    fn rows_under(
-        &self,
-        keys: &[&[u8]],
-        mut visit: impl FnMut(usize, &rows::RowView<'_>) -> Result<()>,
-    ) -> Result<()> {
-        if keys.is_empty() {
-            return Ok(());
-        }
-        let _plan = ByIndex::new();
-        let query = format!(
-            "SELECT {}, k.n FROM {} JOIN {} AS t ON {}",
-            column_list(&self.layout, "t"),
-            self.key_types.unnest(),
-            qualified_name(self.table),
-            self.key_types.join_condition()
-        );
-        rows::scan_in(View::Statement, &query, &self.key_types.arrays(keys)?, &self.layout, 1, |row| {
-            visit(required(row.trailing::<i64>(0)?)? as usize - 1, &row)
-        })?;
-        Ok(())
+/// The rows of a target under these keys, and each key's position.
+fn rows_under(
+    table: pg_sys::Oid,
+    layout: &Layout,
+    key_types: &KeyTypes,
+    keys: &[&[u8]],
+    mut visit: impl FnMut(usize, &rows::RowView<'_>) -> Result<()>,
+) -> Result<()> {
+    if keys.is_empty() {
+        return Ok(());
     }
+    let _plan = ByIndex::new();
+    let query = format!(
+        "SELECT {}, k.n FROM {} JOIN {} AS t ON {}",
+        column_list(layout, "t"),
+        key_types.unnest(),
+        qualified_name(table),
+        key_types.join_condition()
+    );
+    rows::scan_in(View::Statement, &query, &key_types.arrays(keys)?, layout, 1, |row| {
+        visit(required(row.trailing::<i64>(0)?)? as usize - 1, &row)
+    })?;
+    Ok(())
 }
 
 /// Are the key's types in the source, modifiers included, those of the target? A key that is rounded on its way may leave its range.
@@ -171,15 +172,7 @@ fn guard(target_id: i32, table: pg_sys::Oid) -> Result<()> {
         "SELECT pg_catalog.pg_advisory_xact_lock_shared(dedup.lock_class(), $1)",
         &[target_id.into()],
     )?;
-    if Spi::get_one_with_args::<bool>("SELECT pg_catalog.row_security_active($1)", &[table.into()])?
-        == Some(true)
-    {
-        return Err(Error::new(
-            PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
-            format!("row security is active on {}", qualified_name(table)),
-        )
-        .hint("use a role with BYPASSRLS or the owner: a hidden row would be missing"));
-    }
+    refuse_row_security(table, "would be missing")?;
     Ok(Spi::run_with_args("SELECT dedup.refuse_replaced($1)", &[target_id.into()])?)
 }
 
@@ -269,7 +262,40 @@ enum Owner {
     Other,
 }
 
-/// Whose an ordinal is.
+/// Who wrote what, each ordinal asked for once.
+struct Owners {
+    run: Uuid,
+    target: i32,
+    known: HashMap<u64, Owner>,
+}
+
+impl Owners {
+    fn new(run: Uuid, target: i32) -> Self {
+        Self { run, target, known: HashMap::new() }
+    }
+
+    /// Whose an ordinal is.
+    fn of(&mut self, ordinal: u64) -> Result<Owner> {
+        if let Some(known) = self.known.get(&ordinal) {
+            return Ok(known.clone());
+        }
+        let found = owner(self.run, self.target, ordinal)?;
+        self.known.insert(ordinal, found.clone());
+        Ok(found)
+    }
+}
+
+/// Hashes as `dedup.reconciled_chunks` keeps them.
+fn pack_hashes(hashes: &[u64]) -> Vec<u8> {
+    hashes.iter().flat_map(|hash| hash.to_be_bytes()).collect()
+}
+
+/// The hashes of [`pack_hashes`].
+fn unpack_hashes(packed: &[u8]) -> impl Iterator<Item = u64> {
+    packed.as_chunks::<8>().0.iter().map(|hash| u64::from_be_bytes(*hash))
+}
+
+/// Looks up whose an ordinal is.
 fn owner(run: Uuid, target: i32, ordinal: u64) -> Result<Owner> {
     Spi::connect(|client| {
         // Of the same source: the same table of the same system, and this run reads all of it, or the same part.

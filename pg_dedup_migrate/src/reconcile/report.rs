@@ -84,11 +84,6 @@ impl Findings {
         Kind::ALL.iter().filter(|kind| kind.is_mismatch(strict)).map(|&kind| self.count(kind)).sum()
     }
 
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.counts == [0; Kind::ALL.len()]
-    }
-
     /// Lists them in `dedup.divergences`; `key_text` prints a key.
     ///
     /// # Errors

@@ -6,7 +6,6 @@
 //! compared entry by entry.
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use pg_dedup_record::block::BlockView;
 use pg_dedup_record::digest::Digest;
 use pg_dedup_record::wire;
 use pgrx::Uuid;
@@ -14,12 +13,13 @@ use pgrx::prelude::*;
 
 use super::compare::subject;
 use super::report::{Findings, Kind};
-use super::{Owner, guard, owner};
+use super::{Owner, Owners, guard, rows_under, unpack_hashes};
 use crate::chunk::required;
 use crate::error::{Error, Result};
 use crate::hash::rows::{self, View};
 use crate::index::Target;
 use crate::keyset::{column_list, hash_of, qualified_name};
+use crate::ledger;
 use crate::lookup::{self, Place};
 use crate::merge::Merge;
 use crate::passes::{Pass, Passes};
@@ -73,14 +73,14 @@ pub fn settle(reconciliation: i64) -> Result<()> {
             target,
             compared: Compared::load(reconciliation, target_id)?,
             snapshot: &snapshot,
-            owners: HashMap::new(),
+            owners: Owners::new(run, target_id),
             findings: BTreeMap::new(),
         };
         let indexed = settlement.walk_index()?;
         // Contents that the index does not have stand nowhere if it has an entry for every row.
         let mut gone: HashSet<[u8; 32]> = settlement.compared.sought.iter().map(|l| l.content.0).collect();
         if settlement.compared.rows != Some(indexed) {
-            settlement.audit(&mut gone)?;
+            settlement.audit(indexed.0, &mut gone)?;
             settlement.losers_of(&gone)?;
         }
         settlement.sought_in_vain(&gone);
@@ -161,12 +161,7 @@ impl Compared {
                 *compared.unchanged.entry(table).or_insert(true) &=
                     required::<bool>(row["source_is_same"].value()?)?;
                 if let Some(seen) = row["seen"].value::<Vec<u8>>()? {
-                    let (hashes, _) = seen.as_chunks::<8>();
-                    compared
-                        .seen
-                        .entry(table)
-                        .or_default()
-                        .extend(hashes.iter().map(|h| u64::from_be_bytes(*h)));
+                    compared.seen.entry(table).or_default().extend(unpack_hashes(&seen));
                     compared.rows = None;
                 }
                 let counted = row["row_count"].value::<i64>()?.zip(row["row_sum"].value::<i64>()?);
@@ -183,11 +178,9 @@ impl Compared {
         })
     }
 
-    /// Did a chunk of any pair, or of this one, find it?
-    fn has_seen(&self, table: Option<i32>, hash: u64) -> bool {
-        self.seen
-            .iter()
-            .any(|(&t, seen)| table.is_none_or(|table| table == t) && seen.binary_search(&hash).is_ok())
+    /// Did a chunk find it?
+    fn has_seen(&self, hash: u64) -> bool {
+        self.seen.values().any(|seen| seen.binary_search(&hash).is_ok())
     }
 }
 
@@ -214,22 +207,13 @@ struct Settlement<'a> {
     target: Target,
     compared: Compared,
     snapshot: &'a Snapshot,
-    owners: HashMap<u64, Owner>,
+    owners: Owners,
     findings: BTreeMap<String, Findings>,
 }
 
 impl Settlement<'_> {
     fn keyless(&self) -> bool {
         self.target.layout.key.is_empty()
-    }
-
-    fn owner(&mut self, ordinal: u64) -> Result<Owner> {
-        if let Some(known) = self.owners.get(&ordinal) {
-            return Ok(known.clone());
-        }
-        let found = owner(self.run, self.target.id, ordinal)?;
-        self.owners.insert(ordinal, found.clone());
-        Ok(found)
     }
 
     fn add(&mut self, chunk: String, kind: Kind, key: &[u8], content: Digest) {
@@ -304,7 +288,7 @@ impl Settlement<'_> {
         })?;
         for (digest, places) in twice {
             for (n, later) in places.iter().enumerate().skip(1) {
-                let Owner::Table(_, chunk) = self.owner(later.ordinal)? else { continue };
+                let Owner::Table(_, chunk) = self.owners.of(later.ordinal)? else { continue };
                 let keys: Vec<&[u8]> = places[..=n].iter().map(|p| p.key.as_slice()).collect();
                 if self.rows_with(&digest, &keys)? > 1 {
                     self.add(chunk, Kind::SurvivingDuplicate, &later.key, digest);
@@ -316,17 +300,9 @@ impl Settlement<'_> {
 
     /// How many of these keys have a row with the content.
     fn rows_with(&self, content: &Digest, keys: &[&[u8]]) -> Result<usize> {
-        let target = &self.target;
-        let _plan = crate::planning::ByIndex::new();
-        let query = format!(
-            "SELECT {} FROM {} JOIN {} AS t ON {}",
-            column_list(&target.layout, "t"),
-            target.key_types.unnest(),
-            qualified_name(target.table),
-            target.key_types.join_condition()
-        );
+        let Target { table, layout, key_types, .. } = &self.target;
         let mut count = 0;
-        rows::scan_in(View::Statement, &query, &target.key_types.arrays(keys)?, &target.layout, 0, |row| {
+        rows_under(*table, layout, key_types, keys, |_, row| {
             count += usize::from(row.digests()?.content == *content);
             Ok(())
         })?;
@@ -335,13 +311,8 @@ impl Settlement<'_> {
 
     /// Compares entries with rows, as many at a time as fit `maintenance_work_mem`: those of a range of digests, by one scan of the target.
     /// What a row holds leaves `gone`; what the index has and no row holds is added to it.
-    fn audit(&mut self, gone: &mut HashSet<[u8; 32]>) -> Result<()> {
-        let mut entries = 0usize;
-        self.for_each_content(|_, _, standing| {
-            entries += standing.len();
-            Ok(())
-        })?;
-        for pass in Passes::of(entries, size_of::<Expected>()).each() {
+    fn audit(&mut self, entries: i64, gone: &mut HashSet<[u8; 32]>) -> Result<()> {
+        for pass in Passes::of(entries as usize, size_of::<Expected>()).each() {
             let mut expected: Vec<Expected> = Vec::new();
             self.for_each_content(|digest, said, standing| {
                 if pass.has(digest.as_bytes()) {
@@ -420,7 +391,7 @@ impl Settlement<'_> {
                         .iter_mut()
                         .take_while(|e| e.digest == *content.as_bytes())
                         .for_each(|e| e.elsewhere = true);
-                    if tells_foreign && (keyless || !self.compared.has_seen(None, hash_of(&[&key]))) {
+                    if tells_foreign && (keyless || !self.compared.has_seen(hash_of(&[&key]))) {
                         self.add(self.some_chunk(None), Kind::Foreign, &key, content);
                     }
                 }
@@ -432,14 +403,15 @@ impl Settlement<'_> {
 
     /// A row with an entry: if no record of its source has its key, it is too many.
     fn judge_row(&mut self, ordinal: u64, key: &[u8], content: Digest) -> Result<()> {
-        if self.compared.seen.is_empty() || self.compared.has_seen(None, hash_of(&[key])) {
+        if self.compared.seen.is_empty() || self.compared.has_seen(hash_of(&[key])) {
             return Ok(());
         }
-        let (table, chunk) = match self.owner(ordinal)? {
+        let (table, chunk) = match self.owners.of(ordinal)? {
             // Pairs that account for a range have judged their rows.
-            Owner::Table(table, _) if !self.compared.seen.contains_key(&table) => return Ok(()),
+            Owner::Table(table, _) | Owner::SameSource(table) if !self.compared.seen.contains_key(&table) => {
+                return Ok(());
+            }
             Owner::Table(table, chunk) => (table, chunk),
-            Owner::SameSource(table) if !self.compared.seen.contains_key(&table) => return Ok(()),
             Owner::SameSource(table) => (table, self.some_chunk(Some(table))),
             Owner::Nobody if self.compared.counts_rows => return Ok(()),
             Owner::Nobody => {
@@ -457,8 +429,8 @@ impl Settlement<'_> {
     fn judge_contents(&mut self, expected: &[Expected]) -> Result<()> {
         for entry in expected {
             let content = Digest(entry.digest);
-            let seen = self.compared.has_seen(None, hash_of(&[&entry.digest]));
-            let (table, chunk) = match self.owner(entry.ordinal)? {
+            let seen = self.compared.has_seen(hash_of(&[&entry.digest]));
+            let (table, chunk) = match self.owners.of(entry.ordinal)? {
                 Owner::Table(table, chunk) => (Some(table), chunk),
                 Owner::SameSource(table) => (Some(table), self.some_chunk(Some(table))),
                 _ => (None, self.some_chunk(None)),
@@ -507,8 +479,7 @@ impl Settlement<'_> {
                 }
                 for row in rows {
                     let bytes: Vec<u8> = required(row["entries"].value()?)?;
-                    let block = BlockView::parse(&bytes)
-                        .map_err(|e| Error::corrupted("a ledger block is damaged").detail(e.to_string()))?;
+                    let block = ledger::parse(&bytes)?;
                     let chunk: String = required(row["chunk_id"].value()?)?;
                     let Some(counted) = dropped.get(&chunk) else { continue };
                     for line in (0..block.len()).map(|i| block.entry(i)) {
@@ -541,8 +512,7 @@ impl Settlement<'_> {
                 )?
                 .map(|row| {
                     let packed: Vec<u8> = required(row["dropped"].value()?)?;
-                    let (hashes, _) = packed.as_chunks::<8>();
-                    Ok((required(row["chunk_id"].value()?)?, hashes.iter().map(|h| u64::from_be_bytes(*h)).collect()))
+                    Ok((required(row["chunk_id"].value()?)?, unpack_hashes(&packed).collect()))
                 })
                 .collect()
         })
@@ -551,7 +521,7 @@ impl Settlement<'_> {
     /// Adds the findings to what the chunks have found. Who was taken for a duplicate, or for present, and is missing is that no more.
     fn enter(&self) -> Result<()> {
         let (reconciliation, keyless) = (self.reconciliation, self.keyless());
-        for (chunk, findings) in self.findings.iter().filter(|(_, findings)| !findings.is_empty()) {
+        for (chunk, findings) in &self.findings {
             let counts: Vec<i64> = Kind::ALL.iter().map(|&kind| findings.count(kind)).collect();
             Spi::run_with_args(
                 "UPDATE dedup.reconciled_chunks AS k \

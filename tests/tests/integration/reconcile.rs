@@ -1,5 +1,6 @@
 //! Reconciliation: exactly what was tampered with is named, in every kind of table; a mismatch holds the run until it is gone.
 
+use integration::data::{LOG_ROWS, LOG_TABLE};
 use integration::db::Db;
 use integration::pair::Pair;
 use integration::sidecar::{exit, failpoint};
@@ -339,13 +340,8 @@ async fn several_sources() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_table_without_a_key() {
     let pair = Pair::start().await;
-    pair.both("CREATE TABLE public.log (at timestamptz, line text)").await;
-    pair.source
-        .exec(
-            "INSERT INTO public.log SELECT timestamptz '2024-01-01+00' + n % 900 * interval '1 s', 'line ' || n % 2700 \
-             FROM generate_series(1, 9000) AS n; ANALYZE public.log",
-        )
-        .await;
+    pair.both(LOG_TABLE).await;
+    pair.source.exec(LOG_ROWS).await;
     pair.run(&["public.log"]).workers(2).chunk_size("60kB").exits(exit::DONE).await;
     pair.reconcile().exits(exit::DONE).await;
     pair.target
@@ -568,12 +564,7 @@ async fn halted_and_rewritten() {
         .exec("CREATE TABLE saved AS TABLE public.items; DELETE FROM public.items WHERE n = 100")
         .await;
     pair.reconcile().exits(exit::HALTED).await;
-    let file = pair.target_cluster.dir().join("dump");
-    let file = file.to_string_lossy();
-    pair.target_cluster.program("pg_dump", &["-Fc", "-f", &file, "it"]);
-    pair.target.exec("CREATE DATABASE restored").await;
-    pair.target_cluster.program("pg_restore", &["-d", "restored", "--exit-on-error", &file]);
-    let restored = Db::connect(&pair.target_cluster, "restored").await;
+    let restored = pair.restored().await;
     let (state, message) = restored.fails("UPDATE dedup.runs SET status = 'done'").await;
     assert_eq!(state, "23503", "{message}");
 

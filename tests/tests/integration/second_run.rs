@@ -252,12 +252,7 @@ fn from(source: &Cluster, target: &Cluster, database: &str) -> Invocation {
 async fn restored_from_a_dump() {
     let pair = notes("(1, 'a'), (2, 'b'), (3, 'a'), (4, 'c')").await;
     run(&pair).exits(exit::DONE).await;
-    let file = pair.target_cluster.dir().join("dump");
-    let file = file.to_string_lossy();
-    pair.target_cluster.program("pg_dump", &["-Fc", "-f", &file, DATABASE]);
-    pair.target.exec("CREATE DATABASE restored").await;
-    pair.target_cluster.program("pg_restore", &["-d", "restored", "--exit-on-error", &file]);
-    let restored = Db::connect(&pair.target_cluster, "restored").await;
+    let restored = pair.restored().await;
     pair.source.exec("INSERT INTO public.notes VALUES (5, 'c'), (6, 'new')").await;
     let output = from(&pair.source_cluster, &pair.target_cluster, "restored").output().await;
     if output.code != Some(exit::DONE) {
@@ -281,12 +276,7 @@ async fn restored_without_the_index() {
     let pair = notes("(1, 'a'), (2, 'b'), (3, 'a')").await;
     run(&pair).exits(exit::DONE).await;
     pair.target.exec("ALTER DATABASE it SET pg_dedup_migrate.dump_index = off").await;
-    let file = pair.target_cluster.dir().join("dump");
-    let file = file.to_string_lossy();
-    pair.target_cluster.program("pg_dump", &["-Fc", "-f", &file, DATABASE]);
-    pair.target.exec("CREATE DATABASE restored").await;
-    pair.target_cluster.program("pg_restore", &["-d", "restored", "--exit-on-error", &file]);
-    let restored = Db::connect(&pair.target_cluster, "restored").await;
+    let restored = pair.restored().await;
     assert_eq!(restored.one::<i64>("SELECT count(*) FROM dedup.segment_block").await, 0);
     assert_eq!(restored.one::<i64>("SELECT count(*) FROM dedup.runs").await, 1);
     let migrate = from(&pair.source_cluster, &pair.target_cluster, "restored");

@@ -1,20 +1,16 @@
 //! Tables that are not a plain list of rows with a key.
 
 use integration::check::{Books, Table, assert_books, assert_exact, assert_first_run, assert_index};
-use integration::data::{Content, NARROW_COLUMNS, NARROW_CONTENT, narrow_rows, narrow_table, wide_rows};
+use integration::data::{
+    Content, LOG_ROWS, LOG_TABLE, NARROW_COLUMNS, NARROW_CONTENT, narrow_rows, narrow_table, wide_rows,
+};
 use integration::pair::Pair;
 use integration::sidecar::exit;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_table_without_a_key() {
-    let pair = Pair::start().await;
-    pair.both("CREATE TABLE public.log (at timestamptz, line text)").await;
-    pair.source
-        .exec(
-            "INSERT INTO public.log SELECT timestamptz '2024-01-01+00' + n % 900 * interval '1 s', 'line ' || n % 2700 \
-             FROM generate_series(1, 9000) AS n; DELETE FROM public.log WHERE line LIKE '%99'; ANALYZE public.log",
-        )
-        .await;
+    let pair = log_pair().await;
+    pair.source.exec("DELETE FROM public.log WHERE line LIKE '%99'; ANALYZE public.log").await;
     pair.run(&["public.log"]).workers(4).chunk_size("60kB").exits(exit::DONE).await;
     let table = Table {
         source: "public.log",
@@ -303,13 +299,8 @@ const LOG: Table<'_> =
 
 async fn log_pair() -> Pair {
     let pair = Pair::start().await;
-    pair.both("CREATE TABLE public.log (at timestamptz, line text)").await;
-    pair.source
-        .exec(
-            "INSERT INTO public.log SELECT timestamptz '2024-01-01+00' + n % 900 * interval '1 s', 'line ' || n % 2700 \
-             FROM generate_series(1, 9000) AS n; ANALYZE public.log",
-        )
-        .await;
+    pair.both(LOG_TABLE).await;
+    pair.source.exec(LOG_ROWS).await;
     pair
 }
 
