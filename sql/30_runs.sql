@@ -463,6 +463,14 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
 $$;
 COMMENT ON FUNCTION dedup.run_state(uuid) IS 'open while a chunk is left to do, else finished';
 
+-- Rows are taken out of a table by one rollback at a time, and nothing is written there meanwhile.
+CREATE FUNCTION dedup.run_rolling_back(target_number int) RETURNS uuid
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT r.run_id FROM dedup.runs AS r
+    WHERE r.status = 'rolling_back' AND EXISTS (SELECT FROM dedup.run_tables AS t WHERE t.run_id = r.run_id AND t.target_id = target_number) LIMIT 1
+$$;
+COMMENT ON FUNCTION dedup.run_rolling_back(int) IS 'the run that is being rolled back from a target, if there is one';
+
 CREATE FUNCTION dedup.set_run_status(run uuid, allowed text[], new_status text, event text) RETURNS text
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -476,7 +484,7 @@ BEGIN
             DETAIL = format('Only a run that is %s can become %s.', array_to_string(allowed, ' or '), new_status);
     END IF;
     UPDATE dedup.runs AS r SET status = new_status, started_at = CASE WHEN new_status = 'running' THEN coalesce(started_at, clock_timestamp()) ELSE started_at END,
-        finished_at = CASE WHEN new_status IN ('done', 'failed', 'cancelled') THEN clock_timestamp() WHEN new_status IN ('halted', 'reconciled') THEN finished_at END
+        finished_at = CASE WHEN new_status IN ('done', 'failed', 'cancelled') THEN clock_timestamp() WHEN new_status IN ('halted', 'reconciled', 'rolling_back', 'rolled_back') THEN finished_at END
     WHERE r.run_id = run;
     PERFORM dedup.log_event(run, NULL, event, jsonb_build_object('from', old, 'to', new_status));
     RETURN new_status;

@@ -5,6 +5,8 @@ COMMENT ON SEQUENCE dedup.ordinal_seq IS 'ordinals: the order in which chunks fi
 COMMENT ON SEQUENCE dedup.segment_id_seq IS 'segment numbers: a new one for every attempt';
 COMMENT ON SEQUENCE dedup.targets_target_id_seq IS 'numbers of dedup.targets';
 COMMENT ON SEQUENCE dedup.quarantine_quarantine_id_seq IS 'numbers of dedup.quarantine';
+COMMENT ON SEQUENCE dedup.rollbacks_rollback_id_seq IS 'numbers of dedup.rollbacks';
+COMMENT ON SEQUENCE dedup.left_alone_left_alone_id_seq IS 'numbers of dedup.left_alone';
 COMMENT ON SEQUENCE dedup.events_event_id_seq IS 'order of dedup.events';
 COMMENT ON TRIGGER append_only ON dedup.events IS 'keeps the audit log append-only';
 COMMENT ON TRIGGER mark_filter_cold ON dedup.segment IS 'rows that come in past the extension are not in the filter';
@@ -41,6 +43,8 @@ COMMENT ON FUNCTION dedup.reconcile_chunk(bigint, text, bytea) IS 'compares a ch
 COMMENT ON FUNCTION dedup.reconcile_local_chunks(bigint) IS 'reads and compares the chunks that are left of sources which this database sees; returns how many';
 COMMENT ON FUNCTION dedup.recheck_chunks(bigint) IS 'forgets chunks of a pass that is taken up whose rows in the target are others now; returns how many';
 COMMENT ON FUNCTION dedup.settle_reconcile(bigint) IS 'compares the hash index with the targets'' rows when every chunk is compared, and enters what that shows';
+COMMENT ON FUNCTION dedup.prepare_rollback(bigint) IS 'refuses a rollback of what others rest on, or keeps it for them, and of what foreign keys point at; lists the steps; returns the rows kept';
+COMMENT ON FUNCTION dedup.undo_ordinal(bigint, bigint, bool) IS 'takes back what a chunk did when it finished under an ordinal; no row: a newer change of one of its rows comes first';
 COMMENT ON FUNCTION dedup.run_chunk(uuid, text) IS 'the work of migrate_chunk';
 
 -- Parts of the above.

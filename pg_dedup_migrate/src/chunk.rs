@@ -56,6 +56,8 @@ pub struct OpenChunk {
     pub verified_later: bool,
     /// Do other sources of the run go into this target, too?
     pub shares_target: bool,
+    /// The rows found unchanged, as [`rested_on`](crate::matching::rested_on) has them, sorted.
+    pub unchanged: Rc<Vec<[u8; 16]>>,
     /// What an earlier finish of this chunk wrote and is still there.
     pub standing: Standing,
     /// Parts of manifest and ledger received so far.
@@ -363,6 +365,7 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
             respelled: Rc::default(),
             verified_later: required(found["verified_later"].value()?)?,
             shares_target: required(found["shares_target"].value()?)?,
+            unchanged: Rc::default(),
             standing: Standing::default(),
             lists: Rc::new(SPARE.take()),
             claimed: false,
@@ -373,9 +376,19 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
     forget_earlier_finish(&chunk)?;
     lock_index(chunk.target_id, &chunk)?;
     // Whoever ends a run and then waits for the index sees everything that was written for it: nothing is begun after that.
-    let status =
-        Spi::get_one_with_args::<String>("SELECT status FROM dedup.runs WHERE run_id = $1", &[run.into()])?;
+    let (status, leaving) = Spi::get_two_with_args::<String, Uuid>(
+        "SELECT r.status, dedup.run_rolling_back($2) FROM dedup.runs AS r WHERE r.run_id = $1",
+        &[run.into(), chunk.target_id.into()],
+    )?;
     refuse_unless_open(run, &required(status)?)?;
+    if let Some(leaving) = leaving {
+        return Err(Error::new(
+            PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
+            format!("run {leaving} is being rolled back from {}", chunk.target_name()),
+        )
+        .detail("Nothing is written to a table while rows are taken out of it.")
+        .hint(format!("CALL dedup.rollback_run_in_chunks('{leaving}') goes on with a rollback that was cut off")));
+    }
     let occupied = is_occupied(&chunk)?;
     open(chunk);
     Ok(occupied)
@@ -388,10 +401,11 @@ fn refuse_unless_open(run: Uuid, status: &str) -> Result<()> {
     Err(Error::state(format!("run {run} is {status}")).hint("chunks are done while their run is open"))
 }
 
-/// A chunk that is done again lists its duplicates and its quarantine anew.
+/// A chunk that is done again lists its duplicates, its unchanged rows and its quarantine anew.
 fn forget_earlier_finish(chunk: &OpenChunk) -> Result<()> {
     for statement in [
         "DELETE FROM dedup.ledger_block WHERE ordinal IN (SELECT ordinal FROM dedup.ordinals WHERE run_id = $1 AND chunk_id = $2)",
+        "DELETE FROM dedup.unchanged_rows WHERE ordinal IN (SELECT ordinal FROM dedup.ordinals WHERE run_id = $1 AND chunk_id = $2)",
         "DELETE FROM dedup.quarantine WHERE run_id = $1 AND chunk_id = $2",
     ] {
         Spi::run_with_args(statement, &[chunk.run.into(), chunk.chunk_id.as_str().into()])?;

@@ -35,16 +35,22 @@ fn step(target_id: i32) -> Result<bool> {
     if locked != Some(true) {
         return Ok(false);
     }
+    // A rollback has laid out the segments as it needs them.
+    if Spi::get_one_with_args::<bool>(
+        "SELECT dedup.run_rolling_back($1) IS NOT NULL",
+        &[target_id.into()],
+    )? == Some(true)
+    {
+        return Ok(false);
+    }
     let snapshot = Snapshot::latest();
     let segments = segment::segments_of(target_id, &snapshot)?;
     let Some(level) = due(&segments) else { return Ok(false) };
-    let mut old: Vec<&Segment> = segments.iter().filter(|s| s.level == level).collect();
+    let mut old: Vec<Segment> = segments.into_iter().filter(|s| s.level == level).collect();
     old.sort_by_key(|s| s.id);
     old.truncate(FAN_OUT);
     merge(target_id, level + 1, &old, &snapshot)?;
-    let ids: Vec<i64> = old.iter().map(|s| s.id).collect();
-    Spi::run_with_args("DELETE FROM dedup.segment_block WHERE segment_id = ANY ($1)", &[ids.clone().into()])?;
-    Spi::run_with_args("DELETE FROM dedup.segment WHERE segment_id = ANY ($1)", &[ids.into()])?;
+    segment::delete(&old)?;
     Ok(true)
 }
 
@@ -54,12 +60,12 @@ fn due(segments: &[Segment]) -> Option<i32> {
     (0..=highest).find(|&level| segments.iter().filter(|s| s.level == level).count() >= FAN_OUT)
 }
 
-fn merge(target_id: i32, level: i32, old: &[&Segment], snapshot: &Snapshot) -> Result<()> {
+fn merge(target_id: i32, level: i32, old: &[Segment], snapshot: &Snapshot) -> Result<()> {
     let read = Table::open("segment_block", Access::Read)?;
     let blocks = Table::open("segment_block", Access::Insert)?;
     let segments = Table::open("segment", Access::Insert)?;
     let mut writer = SegmentWriter::new(&blocks, target_id, level)?;
-    Merge::new(&read, old.iter().copied(), snapshot)?.for_each(|entry| writer.push(entry))?;
+    Merge::new(&read, old.iter(), snapshot)?.for_each(|entry| writer.push(entry))?;
     writer.finish(&segments)?;
     Ok(())
 }

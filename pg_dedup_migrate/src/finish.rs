@@ -133,6 +133,7 @@ pub fn finish(chunk: &mut OpenChunk, books: &Books, info: &JsonB) -> Result<i64>
 
     write_segment(chunk.target_id, ordinal as u64, &manifest, &tombstones)?;
     ledger::write(chunk.target_id, ordinal, &lists.ledger, books.counts[DUPLICATE])?;
+    write_unchanged(chunk, ordinal)?;
     if !chunk.verified_later {
         read_back(chunk, &written, &manifest)?;
     }
@@ -214,6 +215,17 @@ fn check_refused_replacements(
         }
     }
     Ok(())
+}
+
+/// Which rows the chunk found unchanged: whoever takes out what another run wrote sees that its records rest on them.
+fn write_unchanged(chunk: &OpenChunk, ordinal: i64) -> Result<()> {
+    if chunk.unchanged.is_empty() {
+        return Ok(());
+    }
+    Ok(Spi::run_with_args(
+        "INSERT INTO dedup.unchanged_rows (ordinal, target_id, rows) VALUES ($1, $2, $3)",
+        &[ordinal.into(), chunk.target_id.into(), chunk.unchanged.as_flattened().to_vec().into()],
+    )?)
 }
 
 fn write_segment(

@@ -26,7 +26,7 @@ use crate::shmem::{self, filter};
 fn index_existing(target: PgRelation) -> Result<i64, ErrorReport> {
     let target = Target::of(target.oid())?;
     shmem::attached()?;
-    lock_exclusively(&target)?;
+    lock_exclusively(target.id)?;
     refuse_row_security(target.table, "cannot be indexed")?;
     // Entries of rows that are gone would make later records duplicates of nothing: only a reindex may say that the files are new.
     Spi::run_with_args("SELECT dedup.check_filenodes($1)", &[target.id.into()]).map_err(Error::from)?;
@@ -44,7 +44,7 @@ fn index_existing(target: PgRelation) -> Result<i64, ErrorReport> {
 fn reindex_target(target: PgRelation) -> Result<i64, ErrorReport> {
     let target = Target::of(target.oid())?;
     shmem::attached()?;
-    lock_exclusively(&target)?;
+    lock_exclusively(target.id)?;
     refuse_row_security(target.table, "cannot be indexed")?;
     // A halted run stays so until it is reconciled, which needs an index that describes the rows there are.
     refuse_open_runs(&target, &["running", "paused", "failed", "rolling_back"])?;
@@ -60,12 +60,12 @@ fn reindex_target(target: PgRelation) -> Result<i64, ErrorReport> {
         Before::Renewed
     } else {
         pgrx::warning!("the old entries are damaged: which run wrote which row is not known any more");
-        drop_segments(&old)?;
+        segment::delete(&old)?;
         Before::Nothing
     };
     let entries = index_rows(&target, before)?;
     if before == Before::Renewed {
-        drop_segments(&old)?;
+        segment::delete(&old)?;
     }
     Ok(entries)
 }
@@ -95,12 +95,6 @@ fn is_readable(segments: &[Segment]) -> Result<bool> {
     Ok(true)
 }
 
-fn drop_segments(segments: &[Segment]) -> Result<()> {
-    let ids: Vec<i64> = segments.iter().map(|segment| segment.id).collect();
-    Spi::run_with_args("DELETE FROM dedup.segment_block WHERE segment_id = ANY ($1)", &[ids.clone().into()])?;
-    Ok(Spi::run_with_args("DELETE FROM dedup.segment WHERE segment_id = ANY ($1)", &[ids.into()])?)
-}
-
 /// `dedup.forget_target`: drops a target's entries; its rows stay. Returns the segments dropped.
 ///
 /// # Errors
@@ -108,7 +102,7 @@ fn drop_segments(segments: &[Segment]) -> Result<()> {
 #[pg_extern(volatile, parallel_unsafe, strict)]
 fn forget_target(target: PgRelation) -> Result<i64, ErrorReport> {
     let target = Target::of(target.oid())?;
-    lock_exclusively(&target)?;
+    lock_exclusively(target.id)?;
     refuse_open_runs(&target, &["running", "paused", "failed", "halted", "rolling_back"])?;
     let segments = drop_entries(target.id)?;
     Spi::run_with_args(
@@ -124,10 +118,14 @@ fn forget_target(target: PgRelation) -> Result<i64, ErrorReport> {
     Ok(segments)
 }
 
-fn lock_exclusively(target: &Target) -> Result<()> {
+/// The exclusive lock on a target's hash index, until the transaction ends: no chunk is in flight on it.
+///
+/// # Errors
+/// SPI's own.
+pub fn lock_exclusively(target: i32) -> Result<()> {
     Ok(Spi::run_with_args(
         "SELECT pg_catalog.pg_advisory_xact_lock(dedup.lock_class(), $1)",
-        &[target.id.into()],
+        &[target.into()],
     )?)
 }
 

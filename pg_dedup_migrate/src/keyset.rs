@@ -152,11 +152,16 @@ impl KeyTypes {
 
     /// `t.a = k.k1 AND …`, with the operators of the key's types.
     pub fn join_condition(&self) -> String {
+        self.join_condition_of("t")
+    }
+
+    /// The same for the row source `alias`.
+    pub fn join_condition_of(&self, alias: &str) -> String {
         let parts: Vec<String> = self
             .0
             .iter()
             .enumerate()
-            .map(|(i, k)| format!("t.{} {} k.k{}", quote_ident(&k.column), k.equals, i + 1))
+            .map(|(i, k)| format!("{alias}.{} {} k.k{}", quote_ident(&k.column), k.equals, i + 1))
             .collect();
         parts.join(" AND ")
     }

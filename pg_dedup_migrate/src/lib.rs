@@ -11,6 +11,7 @@
 //! ```
 use pgrx::prelude::*;
 
+mod by_key;
 mod chunk;
 mod claim;
 mod compaction;
@@ -37,7 +38,9 @@ pub mod pg_test;
 mod planning;
 mod protocol;
 mod reconcile;
+mod references;
 mod relation;
+mod rollback;
 mod segment;
 mod shmem;
 mod upsert;
@@ -82,6 +85,11 @@ extension_sql_file!(
         reconcile::recheck_chunks,
         reconcile::settle_reconcile
     ]
+);
+extension_sql_file!(
+    "../../sql/57_rollback.sql",
+    name = "rollback",
+    requires = ["reconcile", "lease", rollback::prepare_rollback, rollback::undo_ordinal]
 );
 extension_sql_file!(
     "../../sql/60_maintenance.sql",

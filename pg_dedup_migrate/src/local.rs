@@ -256,7 +256,7 @@ impl Writer<'_> {
             let ordinal = self.chunk.ordinal;
             let staging = match way {
                 Way::Insert => None,
-                Way::Upsert => Some(staging_table(self.chunk)?),
+                Way::Upsert => Some(upsert::staging_table(self.chunk.target, &self.chunk.layout)?),
             };
             let chunk = std::panic::AssertUnwindSafe(&mut *self.chunk);
             let batch = std::panic::AssertUnwindSafe(self.batch);
@@ -320,13 +320,6 @@ fn write(
             upsert::apply(chunk).map(drop)
         }
     }
-}
-
-/// The empty staging table, made outside of the attempt that fills it.
-fn staging_table(chunk: &OpenChunk) -> Result<pg_sys::Oid> {
-    let name = upsert::stage(chunk)?;
-    let table = Spi::get_one_with_args("SELECT pg_catalog.to_regclass($1)::pg_catalog.oid", &[name.into()])?;
-    required(table)
 }
 
 fn packed(verdicts: &[claim::Verdict]) -> Vec<u8> {

@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 use pg_dedup_record::checksum::Checksum;
 use pg_dedup_record::digest::Digest;
-use pg_dedup_record::wire;
+use pg_dedup_record::{key, wire};
 use pgrx::Uuid;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -139,6 +139,13 @@ pub fn match_rows(chunk: &mut OpenChunk, keys: &[&[u8]], row_digests: &[[u8; 32]
     if chunk.shares_target {
         remember_unchanged(chunk, &found, &key_of, &mut matches)?;
     }
+    let mut unchanged: Vec<[u8; 16]> = found
+        .iter()
+        .filter(|&&(_, n)| matches[n as usize] == Match::Unchanged)
+        .map(|&(content, n)| rested_on(&Digest(content), key_of(n)))
+        .collect();
+    unchanged.sort_unstable();
+    chunk.unchanged = unchanged.into();
     let mut leaving: Vec<_> = found
         .into_iter()
         .filter(|&(_, n)| matches[n as usize] == Match::Changed)
@@ -156,6 +163,14 @@ pub fn match_rows(chunk: &mut OpenChunk, keys: &[&[u8]], row_digests: &[[u8; 32]
 fn repeated(keys: &[&[u8]]) -> Vec<bool> {
     let mut seen = HashSet::with_capacity(keys.len());
     keys.iter().map(|key| !seen.insert(*key)).collect()
+}
+
+/// How a row found unchanged is remembered: the beginnings of its content digest and of a digest of its packed key.
+pub fn rested_on(content: &Digest, key: &[u8]) -> [u8; 16] {
+    let mut both = [0; 16];
+    both[..8].copy_from_slice(&content.short());
+    both[8..].copy_from_slice(&key::digest(key).short());
+    both
 }
 
 /// One row under two keys that differ in their bytes ('a' and 'A' under a collation that ignores case): the first record has it. Keys of the

@@ -7,6 +7,7 @@ use pg_dedup_record::block::{Entry, Stamp};
 use pg_dedup_record::digest::Digest;
 
 use crate::error::Result;
+use crate::lookup::{self, Place};
 use crate::relation::{Snapshot, Table};
 use crate::segment::{BlockReader, Segment};
 
@@ -85,6 +86,46 @@ impl<'a> Merge<'a> {
             merge.sources.push(source);
         }
         Ok(merge)
+    }
+
+    /// Calls `visit` with every content, all that is said about it, and where it stands now. Both are sorted: by ordinal, and by key.
+    ///
+    /// # Errors
+    /// As [`Merge::for_each`].
+    pub fn for_each_content(
+        self,
+        mut visit: impl FnMut(&Digest, &[Place], &[Place]) -> Result<()>,
+    ) -> Result<()> {
+        let mut current: Option<Digest> = None;
+        // What is said about the current content: the first `count` of these. The others keep their memory.
+        let (mut said, mut count): (Vec<Place>, usize) = (Vec::new(), 0);
+        let mut close = |digest: &Digest, said: &[Place]| match said {
+            // The rule.
+            [only] if !only.tombstone => visit(digest, said, said),
+            several => {
+                let mut standing = several.to_vec();
+                lookup::keep_standing(&mut standing);
+                visit(digest, said, &standing)
+            }
+        };
+        self.for_each(|entry| {
+            if current != Some(entry.digest) {
+                if let Some(digest) = current.replace(entry.digest) {
+                    close(&digest, &said[..count])?;
+                }
+                count = 0;
+            }
+            match said.get_mut(count) {
+                Some(place) => place.set(entry),
+                None => said.push(Place::of(entry)),
+            }
+            count += 1;
+            Ok(())
+        })?;
+        match current {
+            Some(digest) => close(&digest, &said[..count]),
+            None => Ok(()),
+        }
     }
 
     /// Calls `visit` with every entry, in order.

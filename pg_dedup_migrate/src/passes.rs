@@ -29,7 +29,12 @@ impl Passes {
 impl Pass {
     /// Whether a digest belongs to it.
     pub fn has(self, digest: &[u8; 32]) -> bool {
-        let leading = u64::from(u32::from_be_bytes([digest[0], digest[1], digest[2], digest[3]]));
+        self.has_prefix(digest)
+    }
+
+    /// Whether a digest that begins like this belongs to it.
+    pub fn has_prefix(self, digest: &[u8]) -> bool {
+        let leading = digest.first_chunk::<4>().map_or(0, |first| u64::from(u32::from_be_bytes(*first)));
         (leading * self.of) >> 32 == self.number
     }
 }

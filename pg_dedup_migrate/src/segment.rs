@@ -3,7 +3,11 @@
 //! A segment is written whole by one transaction and never changed. Its id is drawn anew for every attempt, so an
 //! aborted attempt can leave dead rows but never rows that look like somebody else's. Rows are written natively:
 //! the statement triggers that mark the filter cold are for rows that come in any other way.
+use std::cell::RefCell;
+use std::rc::Rc;
+
 use pg_dedup_record::block::{BlockBuilder, BlockView, Entry};
+use pgrx::prelude::*;
 use pgrx::{IntoDatum, pg_sys};
 
 use crate::error::{Error, Result};
@@ -20,6 +24,8 @@ pub struct Segment {
     pub tombstones: i64,
     /// Rows in `dedup.segment_block`.
     pub blocks: i32,
+    /// Lowest ordinal among the entries.
+    pub first_ordinal: i64,
     /// Highest ordinal among the entries.
     pub last_ordinal: i64,
 }
@@ -40,7 +46,7 @@ pub struct SegmentWriter<'a> {
     id: i64,
     target: i32,
     level: i32,
-    rows: Inserter<'a>,
+    rows: Rc<RefCell<Inserter<'a>>>,
     builder: BlockBuilder,
     blocks: i32,
     entries: i64,
@@ -54,11 +60,19 @@ impl<'a> SegmentWriter<'a> {
     /// # Errors
     /// When no segment id can be drawn.
     pub fn new(blocks: &'a Table, target: i32, level: i32) -> Result<Self> {
+        Self::beside(Rc::new(RefCell::new(Inserter::new(blocks))), target, level)
+    }
+
+    /// As [`SegmentWriter::new`], its blocks written through an inserter that others write through, too.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn beside(rows: Rc<RefCell<Inserter<'a>>>, target: i32, level: i32) -> Result<Self> {
         Ok(Self {
             id: next_number("segment_id_seq")?,
             target,
             level,
-            rows: Inserter::new(blocks),
+            rows,
             builder: BlockBuilder::new(),
             blocks: 0,
             entries: 0,
@@ -93,7 +107,7 @@ impl<'a> SegmentWriter<'a> {
         let Some(first) = self.builder.first_digest() else { return Ok(()) };
         let first = BytesDatum::new(first.as_bytes());
         let entries = BytesDatum::new(&self.builder.finish());
-        self.rows.insert(&[self.id.into(), self.blocks.into(), first.datum(), entries.datum()]);
+        self.rows.borrow_mut().insert(&[self.id.into(), self.blocks.into(), first.datum(), entries.datum()]);
         self.blocks += 1;
         Ok(())
     }
@@ -123,6 +137,7 @@ impl<'a> SegmentWriter<'a> {
             level: self.level,
             tombstones: self.tombstones,
             blocks: self.blocks,
+            first_ordinal: low as i64,
             last_ordinal: high as i64,
         }))
     }
@@ -148,11 +163,22 @@ pub fn segments_of(target: i32, snapshot: &Snapshot) -> Result<Vec<Segment>> {
             level: row.int4(3)?,
             tombstones: row.int8(7)?,
             blocks: row.int4(8)?,
+            first_ordinal: row.int8(4)?,
             last_ordinal: row.int8(5)?,
         });
     }
     found.sort_by_key(|s| std::cmp::Reverse((s.level, s.id)));
     Ok(found)
+}
+
+/// Deletes segments.
+///
+/// # Errors
+/// 42501 without DELETE on the segment tables.
+pub fn delete(segments: &[Segment]) -> Result<()> {
+    let ids: Vec<i64> = segments.iter().map(|segment| segment.id).collect();
+    Spi::run_with_args("DELETE FROM dedup.segment_block WHERE segment_id = ANY ($1)", &[ids.clone().into()])?;
+    Ok(Spi::run_with_args("DELETE FROM dedup.segment WHERE segment_id = ANY ($1)", &[ids.into()])?)
 }
 
 /// Reads the blocks of segments.

@@ -8,23 +8,26 @@ use pgrx::Uuid;
 use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
+use pgrx::pg_sys;
+use pg_dedup_record::layout::Layout;
 
 use crate::chunk::{self, OpenChunk, required};
 use crate::error::{Error, Result};
 use crate::finish::draw_ordinal;
 use crate::hash::rows;
-use crate::keyset::{column_list, quote_ident};
+use crate::keyset::{KeyTypes, column_list, qualified_name, quote_ident};
 use crate::matching::unpack_keys;
-use crate::planning::ByIndex;
+use crate::planning::{ByIndex, ExactTexts};
+use crate::references;
 
-/// Name of the staging table: chunks of one transaction share it if they deliver the same columns to the same target.
-fn staging_name(chunk: &OpenChunk) -> String {
+/// Name of the staging table: whoever puts the same columns into the same target within one transaction shares it.
+fn staging_name(target: pg_sys::Oid, layout: &Layout) -> String {
     // Only this backend ever reads the name, so that any hash that is fixed for a process will do.
     let mut columns = DefaultHasher::new();
-    for column in &chunk.layout.columns {
+    for column in &layout.columns {
         (&column.name, &column.type_name).hash(&mut columns);
     }
-    format!("pg_temp.dedup_upsert_{}_{:016x}", chunk.target_id, columns.finish())
+    format!("pg_temp.dedup_upsert_{}_{:016x}", target.to_u32(), columns.finish())
 }
 
 /// `dedup.upsert_staging`: an empty temporary table, dropped at commit, that takes changed rows in layout order; returns its name.
@@ -36,26 +39,26 @@ fn staging_name(chunk: &OpenChunk) -> String {
 /// 55000 without an open chunk, 42501 without TEMPORARY on the database.
 #[pg_extern(volatile, parallel_unsafe)]
 fn upsert_staging(run: Uuid, chunk_id: &str) -> Result<String, ErrorReport> {
-    Ok(chunk::with_open(run, chunk_id, |chunk| stage(chunk))?)
+    Ok(chunk::with_open(run, chunk_id, |chunk| stage(chunk.target, &chunk.layout))?)
 }
 
 /// The work of [`upsert_staging`].
 ///
 /// # Errors
 /// As there.
-pub fn stage(chunk: &OpenChunk) -> Result<String> {
-    let name = staging_name(chunk);
+pub fn stage(target: pg_sys::Oid, layout: &Layout) -> Result<String> {
+    let name = staging_name(target, layout);
     let bytes: Option<i64> = Spi::get_one_with_args(
         "SELECT pg_catalog.pg_relation_size(pg_catalog.to_regclass($1))",
         &[name.as_str().into()],
     )?;
     match bytes {
         None => {
-            let columns = column_list(&chunk.layout, "t");
+            let columns = column_list(layout, "t");
             Spi::run(&format!(
                 "CREATE TEMPORARY TABLE {} ON COMMIT DROP AS SELECT {columns} FROM {} AS t WITH NO DATA",
                 &name["pg_temp.".len()..],
-                chunk.target_name()
+                qualified_name(target)
             ))?;
         }
         Some(0) => {}
@@ -63,6 +66,15 @@ pub fn stage(chunk: &OpenChunk) -> Result<String> {
         Some(_) => Spi::run(&format!("TRUNCATE TABLE {name}"))?,
     }
     Ok(name)
+}
+
+/// The table that [`stage`] makes.
+///
+/// # Errors
+/// As there.
+pub fn staging_table(target: pg_sys::Oid, layout: &Layout) -> Result<pg_sys::Oid> {
+    let name = stage(target, layout)?;
+    required(Spi::get_one_with_args("SELECT pg_catalog.to_regclass($1)::pg_catalog.oid", &[name.into()])?)
 }
 
 /// `dedup.apply_upserts`: replaces the rows that stand under the staged records' keys, keeping before images; empties the staging table.
@@ -81,7 +93,7 @@ fn apply_upserts(run: Uuid, chunk_id: &str) -> Result<i64, ErrorReport> {
 pub fn apply(chunk: &mut OpenChunk) -> Result<i64> {
     after_claim(chunk)?;
     let _plan = ByIndex::new();
-    let staging = staging_name(chunk);
+    let staging = staging_name(chunk.target, &chunk.layout);
     let target = chunk.target_name();
     let same_key = chunk.key_types.same_key_condition("t", "s");
     let images = keep_before_images(
@@ -90,18 +102,7 @@ pub fn apply(chunk: &mut OpenChunk) -> Result<i64> {
         &[],
         "update",
     )?;
-    let fixed = generated_always(chunk)?;
-    refuse_to_change(&fixed, &format!("{staging} AS s JOIN {target} AS t ON {same_key}"), &target)?;
-    let assignments: Vec<String> = (0..chunk.layout.columns.len())
-        .filter(|i| !chunk.layout.key.contains(i) || chunk.key_types.may_differ(*i, &chunk.layout))
-        .map(|i| &chunk.layout.columns[i].name)
-        .filter(|name| !fixed.contains(name))
-        .map(|name| format!("{0} = s.{0}", quote_ident(name)))
-        .collect();
-    let updated = execute(
-        &format!("UPDATE {target} AS t SET {} FROM {staging} AS s WHERE {same_key}", assignments.join(", ")),
-        &[],
-    )?;
+    let updated = replace_from(&staging, chunk.target, &chunk.layout, &chunk.key_types)?;
     let staged = execute(&format!("DELETE FROM {staging}"), &[])?;
     if updated != staged || images != staged {
         return Err(Error::state(format!(
@@ -110,6 +111,32 @@ pub fn apply(chunk: &mut OpenChunk) -> Result<i64> {
         .hint("look for a trigger, rule or policy that hides or drops rows of the target"));
     }
     Ok(updated)
+}
+
+/// Gives the rows that stand under the keys of the rows in `staging` the values that these have; returns how many.
+///
+/// # Errors
+/// 428C9 where an identity column GENERATED ALWAYS would have to change; whatever the target refuses.
+pub fn replace_from(
+    staging: &str,
+    target: pg_sys::Oid,
+    layout: &Layout,
+    key_types: &KeyTypes,
+) -> Result<i64> {
+    let name = qualified_name(target);
+    let same_key = key_types.same_key_condition("t", "s");
+    let fixed = generated_always(target, layout)?;
+    refuse_to_change(&fixed, &format!("{staging} AS s JOIN {name} AS t ON {same_key}"), &name)?;
+    let assignments: Vec<String> = (0..layout.columns.len())
+        .filter(|i| !layout.key.contains(i) || key_types.may_differ(*i, layout))
+        .map(|i| &layout.columns[i].name)
+        .filter(|column| !fixed.contains(column))
+        .map(|column| format!("{0} = s.{0}", quote_ident(column)))
+        .collect();
+    execute(
+        &format!("UPDATE {name} AS t SET {} FROM {staging} AS s WHERE {same_key}", assignments.join(", ")),
+        &[],
+    )
 }
 
 /// Rows that are changed without a claim would be changed without a manifest: nobody would retract what they held.
@@ -122,18 +149,18 @@ fn after_claim(chunk: &OpenChunk) -> Result<()> {
 }
 
 /// Identity columns GENERATED ALWAYS among the delivered ones: COPY may write them, UPDATE may not.
-fn generated_always(chunk: &OpenChunk) -> Result<Vec<String>> {
+fn generated_always(target: pg_sys::Oid, layout: &Layout) -> Result<Vec<String>> {
     Spi::connect(|client| {
         client
             .select(
                 "SELECT a.attname::pg_catalog.text AS name FROM pg_catalog.pg_attribute AS a \
                  WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped AND a.attidentity = 'a'",
                 None,
-                &[chunk.target.into()],
+                &[target.into()],
             )?
             .map(|row| required(row["name"].value()?))
             .filter(|name: &Result<String>| match name {
-                Ok(name) => chunk.layout.columns.iter().any(|column| column.name == *name),
+                Ok(name) => layout.columns.iter().any(|column| column.name == *name),
                 Err(_) => true,
             })
             .collect()
@@ -201,42 +228,13 @@ fn refuse_to_cascade(
     condition: &str,
     arrays: &[DatumWithOid<'_>],
 ) -> Result<()> {
-    let references: Vec<(String, String, String)> = Spi::connect(|client| {
-        client
-            .select(
-                "SELECT c.conname::text AS name, pg_catalog.format('%I.%I', n.nspname, r.relname) AS referencing, \
-                    (SELECT pg_catalog.string_agg(pg_catalog.format('t.%I OPERATOR(%I.%s) r.%I', p.attname, os.nspname, o.oprname, f.attname), ' AND ') \
-                     FROM ROWS FROM (pg_catalog.unnest(c.confkey), pg_catalog.unnest(c.conkey), pg_catalog.unnest(c.conpfeqop)) AS k(referenced, own, operator) \
-                     JOIN pg_catalog.pg_attribute AS p ON p.attrelid = c.confrelid AND p.attnum = k.referenced \
-                     JOIN pg_catalog.pg_attribute AS f ON f.attrelid = c.conrelid AND f.attnum = k.own \
-                     JOIN pg_catalog.pg_operator AS o ON o.oid = k.operator JOIN pg_catalog.pg_namespace AS os ON os.oid = o.oprnamespace) \
-                    || CASE WHEN c.confrelid <> $1 THEN pg_catalog.format( \
-                        ' AND t.tableoid IN (SELECT p.relid FROM pg_catalog.pg_partition_tree(%s) AS p)', c.confrelid) ELSE '' END AS matches \
-                 FROM pg_catalog.pg_constraint AS c JOIN pg_catalog.pg_class AS r ON r.oid = c.conrelid \
-                 JOIN pg_catalog.pg_namespace AS n ON n.oid = r.relnamespace \
-                 WHERE c.contype = 'f' AND (c.confrelid = $1 OR c.confrelid IN (SELECT p.relid FROM pg_catalog.pg_partition_tree($1) AS p)) AND c.confdeltype IN ('c', 'n', 'd') AND c.conparentid = 0",
-                None,
-                &[chunk.target.into()],
-            )?
-            .map(|row| {
-                Ok((
-                    required(row["name"].value()?)?,
-                    required(row["referencing"].value()?)?,
-                    required(row["matches"].value()?)?,
-                ))
-            })
-            .collect::<Result<_>>()
-    })?;
-    for (name, referencing, matches) in references {
-        let query = format!(
-            "SELECT EXISTS (SELECT FROM {unnest} JOIN {} AS t ON {condition} JOIN {referencing} AS r ON {matches})",
-            chunk.target_name()
-        );
-        if Spi::get_one_with_args::<bool>(&query, arrays)? == Some(true) {
+    for reference in references::of(chunk.target, references::Which::ChangedByDeletion)? {
+        if reference.points_at(&chunk.target_name(), unnest, condition, arrays)? {
             return Err(Error::new(
                 PgSqlErrorCode::ERRCODE_FOREIGN_KEY_VIOLATION,
                 format!(
-                    "removing the row would change rows of {referencing} through foreign key constraint \"{name}\""
+                    "removing the row would change rows of {} through foreign key constraint \"{}\"",
+                    reference.referencing, reference.constraint
                 ),
             ));
         }
@@ -257,17 +255,19 @@ fn keep_before_images(
     let mut keys: Vec<Vec<u8>> = Vec::new();
     let mut hashes: Vec<Vec<u8>> = Vec::new();
     let mut images: Vec<Vec<u8>> = Vec::new();
+    let mut full_rows: Vec<Option<String>> = Vec::new();
     let mut bytes = 0;
     let mut kept = 0;
     let mut flush = |keys: &mut Vec<Vec<u8>>,
                      hashes: &mut Vec<Vec<u8>>,
-                     images: &mut Vec<Vec<u8>>|
+                     images: &mut Vec<Vec<u8>>,
+                     full_rows: &mut Vec<Option<String>>|
      -> Result<()> {
         kept += keys.len() as i64;
         Ok(Spi::run_with_args(
-            "INSERT INTO dedup.before_images (ordinal, target_id, run_id, chunk_id, action, key, content_hash, image) \
-             SELECT $1, $2, $3, $4, $5, u.key, u.hash, u.image \
-             FROM ROWS FROM (pg_catalog.unnest($6), pg_catalog.unnest($7), pg_catalog.unnest($8)) AS u(key, hash, image)",
+            "INSERT INTO dedup.before_images (ordinal, target_id, run_id, chunk_id, action, key, content_hash, image, full_row) \
+             SELECT $1, $2, $3, $4, $5, u.key, u.hash, u.image, u.full_row \
+             FROM ROWS FROM (pg_catalog.unnest($6), pg_catalog.unnest($7), pg_catalog.unnest($8), pg_catalog.unnest($9)) AS u(key, hash, image, full_row)",
             &[
                 ordinal.into(),
                 chunk.target_id.into(),
@@ -277,11 +277,15 @@ fn keep_before_images(
                 std::mem::take(keys).into(),
                 std::mem::take(hashes).into(),
                 std::mem::take(images).into(),
+                std::mem::take(full_rows).into(),
             ],
         )?)
     };
-    let query = format!("SELECT {} FROM {from}", column_list(&chunk.layout, "t"));
-    rows::scan(&query, arguments, &chunk.layout, 0, |row| {
+    // What is removed takes along the columns that the run does not deliver.
+    let full_row = if action == "delete" && has_other_columns(chunk)? { "t::pg_catalog.text" } else { "NULL::pg_catalog.text" };
+    let _texts = ExactTexts::new();
+    let query = format!("SELECT {}, {full_row} FROM {from}", column_list(&chunk.layout, "t"));
+    rows::scan(&query, arguments, &chunk.layout, 1, |row| {
         let mut image = Vec::new();
         row.write_tuple(&mut image)?;
         bytes += image.len();
@@ -290,17 +294,31 @@ fn keep_before_images(
         keys.push(key);
         hashes.push(row.digests()?.content.as_bytes().to_vec());
         images.push(image);
+        full_rows.push(row.trailing(0)?);
         if bytes > BATCH_BYTES {
             bytes = 0;
-            flush(&mut keys, &mut hashes, &mut images)?;
+            flush(&mut keys, &mut hashes, &mut images, &mut full_rows)?;
         }
         Ok(())
     })?;
-    flush(&mut keys, &mut hashes, &mut images)?;
+    flush(&mut keys, &mut hashes, &mut images, &mut full_rows)?;
     Ok(kept)
 }
 
+/// Has the target columns that the run does not deliver and that do not follow from others?
+fn has_other_columns(chunk: &OpenChunk) -> Result<bool> {
+    let delivered: Vec<String> = chunk.layout.columns.iter().map(|column| column.name.clone()).collect();
+    required(Spi::get_one_with_args(
+        "SELECT EXISTS (SELECT FROM pg_catalog.pg_attribute AS a WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped \
+            AND a.attgenerated = '' AND a.attname::pg_catalog.text OPERATOR(pg_catalog.<>) ALL ($2))",
+        &[chunk.target.into(), delivered.into()],
+    )?)
+}
+
 /// Runs a statement with typed arguments; returns the rows it touched.
-fn execute(query: &str, arguments: &[DatumWithOid<'_>]) -> Result<i64> {
+///
+/// # Errors
+/// SPI's own; an ERROR of the statement passes through.
+pub fn execute(query: &str, arguments: &[DatumWithOid<'_>]) -> Result<i64> {
     Spi::connect_mut(|client| Ok(client.update(query, None, arguments)?.len() as i64))
 }

@@ -4,6 +4,10 @@
 //! length and its bytes, then the last one's bytes. Key bytes tell keys apart and are compared for equality;
 //! their order is not the key's.
 
+use sha2::{Digest as _, Sha256};
+
+use crate::digest::Digest;
+
 /// Key bytes that are not those of so many columns, or cannot be made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum KeyError {
@@ -58,6 +62,11 @@ pub fn decode(columns: usize, key: &[u8]) -> Result<Vec<&[u8]>, KeyError> {
     }
     values.push(rest);
     Ok(values)
+}
+
+/// SHA-256 of key bytes: the same everywhere and always, where a key is remembered by a part of it.
+pub fn digest(key: &[u8]) -> Digest {
+    Digest(Sha256::digest(key).into())
 }
 
 #[cfg(test)]

@@ -10,7 +10,8 @@ use pgrx::prelude::*;
 
 use super::explained::{Ledger, quarantined};
 use super::report::{Findings, Kind};
-use super::{Chunk, Owner, Owners, Rows, pack_hashes, rows_under};
+use super::{Chunk, Owner, Owners, Rows, pack_hashes};
+use crate::by_key::{Reading, rows_under};
 use crate::chunk::{KeyRange, required};
 use crate::error::{Error, Result};
 use crate::hash::rows::{self, View};
@@ -147,7 +148,7 @@ impl<'a> Comparison<'a> {
         keys.sort_unstable();
         keys.dedup();
         let mut stored = Vec::new();
-        rows_under(chunk.table, &chunk.layout, &chunk.key_types, &keys, |n, row| {
+        rows_under(Reading::Statement, chunk.table, &chunk.layout, &chunk.key_types, &keys, |n, row| {
             let digests = row.digests()?;
             stored.clear();
             row.write_key(&mut stored)?;
@@ -317,7 +318,7 @@ impl<'a> Comparison<'a> {
         let others: Vec<&[u8]> = places.iter().map(|p| p.key.as_slice()).filter(|k| *k != key).collect();
         let mut elsewhere = false;
         let chunk = self.chunk;
-        rows_under(chunk.table, &chunk.layout, &chunk.key_types, &others, |_, row| {
+        rows_under(Reading::Statement, chunk.table, &chunk.layout, &chunk.key_types, &others, |_, row| {
             elsewhere |= row.digests()?.content == *content;
             Ok(())
         })?;

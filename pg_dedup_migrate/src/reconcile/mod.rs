@@ -28,11 +28,10 @@ use pgrx::{JsonB, Uuid, pg_sys};
 use crate::chunk::{KeyRange, required, stored_checksum};
 use crate::error::{Error, Result};
 use crate::hash::layout::stored_layout;
-use crate::hash::rows::{self, View};
+use crate::hash::rows::View;
 use crate::indexing::refuse_row_security;
-use crate::keyset::{KeyTypes, column_list, qualified_name};
+use crate::keyset::KeyTypes;
 use crate::local;
-use crate::planning::ByIndex;
 
 /// One chunk of a pass.
 struct Chunk {
@@ -131,31 +130,6 @@ impl Chunk {
     fn keyless(&self) -> bool {
         self.layout.key.is_empty()
     }
-}
-
-/// The rows of a target under these keys, and each key's position.
-fn rows_under(
-    table: pg_sys::Oid,
-    layout: &Layout,
-    key_types: &KeyTypes,
-    keys: &[&[u8]],
-    mut visit: impl FnMut(usize, &rows::RowView<'_>) -> Result<()>,
-) -> Result<()> {
-    if keys.is_empty() {
-        return Ok(());
-    }
-    let _plan = ByIndex::new();
-    let query = format!(
-        "SELECT {}, k.n FROM {} JOIN {} AS t ON {}",
-        column_list(layout, "t"),
-        key_types.unnest(),
-        qualified_name(table),
-        key_types.join_condition()
-    );
-    rows::scan_in(View::Statement, &query, &key_types.arrays(keys)?, layout, 1, |row| {
-        visit(required(row.trailing::<i64>(0)?)? as usize - 1, &row)
-    })?;
-    Ok(())
 }
 
 /// Are the key's types in the source, modifiers included, those of the target? A key that is rounded on its way may leave its range.
@@ -258,7 +232,7 @@ enum Owner {
     Table(i32, String),
     /// An earlier or later run, from what this table of the run reads, too.
     SameSource(i32),
-    /// A run of another source.
+    /// A run of another source, or a row that was kept for this run when another one was rolled back.
     Other,
 }
 
@@ -300,7 +274,7 @@ fn owner(run: Uuid, target: i32, ordinal: u64) -> Result<Owner> {
     Spi::connect(|client| {
         // Of the same source: the same table of the same system, and this run reads all of it, or the same part.
         let rows = client.select(
-            "SELECT o.run_id, o.chunk_id, c.table_id, ( \
+            "SELECT o.run_id, o.chunk_id, c.table_id, o.heir_of IS NOT NULL AS inherited, ( \
                  SELECT m.table_id FROM dedup.run_tables AS m JOIN dedup.runs AS mr ON mr.run_id = m.run_id, dedup.run_tables AS t JOIN dedup.runs AS tr ON tr.run_id = t.run_id \
                  WHERE m.run_id = $1 AND m.target_id = $2 AND t.run_id = o.run_id AND t.table_id = c.table_id AND t.source OPERATOR(pg_catalog.=) m.source \
                      AND tr.options OPERATOR(pg_catalog.#>>) '{settings,source}' IS NOT DISTINCT FROM mr.options OPERATOR(pg_catalog.#>>) '{settings,source}' \
@@ -312,8 +286,11 @@ fn owner(run: Uuid, target: i32, ordinal: u64) -> Result<Owner> {
             &[run.into(), target.into(), ordinal.cast_signed().into()],
         )?;
         let Some(row) = rows.into_iter().next() else { return Ok(Owner::Nobody) };
+        let inherited = required::<bool>(row["inherited"].value()?)?;
         Ok(match (row["run_id"].value::<Uuid>()?, row["table_id"].value::<i32>()?) {
             (None, _) => Owner::Nobody,
+            // What was kept for its records need not be among them.
+            (Some(by), _) if inherited && by == run => Owner::Other,
             (Some(by), Some(table)) if by == run => Owner::Table(table, required(row["chunk_id"].value()?)?),
             _ => row["same"].value::<i32>()?.map_or(Owner::Other, Owner::SameSource),
         })

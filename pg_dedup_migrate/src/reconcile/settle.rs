@@ -13,14 +13,15 @@ use pgrx::prelude::*;
 
 use super::compare::subject;
 use super::report::{Findings, Kind};
-use super::{Owner, Owners, guard, rows_under, unpack_hashes};
+use super::{Owner, Owners, guard, unpack_hashes};
+use crate::by_key::{Reading, rows_under};
 use crate::chunk::required;
 use crate::error::{Error, Result};
 use crate::hash::rows::{self, View};
 use crate::index::Target;
 use crate::keyset::{column_list, hash_of, qualified_name};
 use crate::ledger;
-use crate::lookup::{self, Place};
+use crate::lookup::Place;
 use crate::merge::Merge;
 use crate::passes::{Pass, Passes};
 use crate::relation::{Access, Snapshot, Table};
@@ -228,42 +229,10 @@ impl Settlement<'_> {
     }
 
     /// Calls `visit` with every content of the index, all that is said about it, and where it stands now.
-    fn for_each_content(
-        &self,
-        mut visit: impl FnMut(&Digest, &[Place], &[Place]) -> Result<()>,
-    ) -> Result<()> {
+    fn for_each_content(&self, visit: impl FnMut(&Digest, &[Place], &[Place]) -> Result<()>) -> Result<()> {
         let blocks = Table::open("segment_block", Access::Read)?;
         let segments = segment::segments_of(self.target.id, self.snapshot)?;
-        let mut current: Option<Digest> = None;
-        // What is said about the current content: the first `count` of these. The others keep their memory.
-        let (mut said, mut count): (Vec<Place>, usize) = (Vec::new(), 0);
-        let mut close = |digest: &Digest, said: &[Place]| match said {
-            // The rule.
-            [only] if !only.tombstone => visit(digest, said, said),
-            several => {
-                let mut standing = several.to_vec();
-                lookup::keep_standing(&mut standing);
-                visit(digest, said, &standing)
-            }
-        };
-        Merge::new(&blocks, &segments, self.snapshot)?.for_each(|entry| {
-            if current != Some(entry.digest) {
-                if let Some(digest) = current.replace(entry.digest) {
-                    close(&digest, &said[..count])?;
-                }
-                count = 0;
-            }
-            match said.get_mut(count) {
-                Some(place) => place.set(entry),
-                None => said.push(Place::of(entry)),
-            }
-            count += 1;
-            Ok(())
-        })?;
-        match current {
-            Some(digest) => close(&digest, &said[..count]),
-            None => Ok(()),
-        }
+        Merge::new(&blocks, &segments, self.snapshot)?.for_each_content(visit)
     }
 
     /// Adds up the entries that must have a row; contents that the run wrote a second time are entered.
@@ -302,7 +271,7 @@ impl Settlement<'_> {
     fn rows_with(&self, content: &Digest, keys: &[&[u8]]) -> Result<usize> {
         let Target { table, layout, key_types, .. } = &self.target;
         let mut count = 0;
-        rows_under(*table, layout, key_types, keys, |_, row| {
+        rows_under(Reading::Statement, *table, layout, key_types, keys, |_, row| {
             count += usize::from(row.digests()?.content == *content);
             Ok(())
         })?;

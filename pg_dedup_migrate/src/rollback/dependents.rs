@@ -1,0 +1,577 @@
+//! Who else rests on what leaves a target: runs whose records were dropped as duplicates of its rows or found unchanged there, and runs that changed
+//! or replaced its rows.
+//!
+//! One walk over the index, in order of digest, with what others rest on looked up beside it, as much at a time as fits `maintenance_work_mem`.
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use pg_dedup_record::block::{Entry, Stamp};
+use pg_dedup_record::digest::Digest;
+use pgrx::Uuid;
+use pgrx::prelude::*;
+
+use super::{Part, Rollback};
+use crate::by_key::{Reading, rows_under};
+use crate::chunk::required;
+use crate::error::{Error, Result};
+use crate::index::Target;
+use crate::keyset::hash_of;
+use crate::ledger;
+use crate::lookup::{self, Place};
+use crate::matching::rested_on;
+use crate::merge::Merge;
+use crate::passes::{Pass, Passes};
+use crate::relation::{Access, Snapshot, Table};
+use crate::segment::{self, SegmentWriter, next_number};
+
+/// Lines of a ledger block, roughly.
+const LINES_PER_BLOCK: usize = 200;
+
+/// Ordinals that are none of the rollback's, of runs that stand; parameters: target, run, chunk or null.
+const OTHERS: &str = "dedup.ordinals AS o JOIN dedup.runs AS r ON r.run_id = o.run_id \
+     WHERE o.target_id = $1 AND r.status <> 'rolled_back' \
+         AND NOT (o.run_id = $2 AND ($3::pg_catalog.text IS NULL OR o.chunk_id = $3))";
+
+/// What becomes of an entry whose finish is taken back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    /// Its row goes, or is again what it was before.
+    Goes,
+    /// The finish with this ordinal, which stays, changed the row.
+    Overwritten(u64),
+    /// Records of the finish with this ordinal, which stays, rest on the row.
+    Rested(u64),
+}
+
+/// Records of others that rest on a target's rows, as far as their digests are in one pass.
+#[derive(Default)]
+struct Interests {
+    /// Contents that were dropped as duplicates, and by which finish first.
+    by_content: HashMap<[u8; 32], u64>,
+    /// Rows found unchanged, sorted.
+    by_row: Vec<([u8; 16], u64)>,
+}
+
+impl Interests {
+    fn load(rollback: &Rollback, part: &Part, pass: Pass) -> Result<Self> {
+        let mut interests = Self::default();
+        for_each_other(
+            rollback,
+            part,
+            "SELECT l.ordinal, l.entries FROM dedup.ledger_block AS l WHERE l.ordinal IN (SELECT o.ordinal FROM ",
+            |ordinal, block| {
+                for digest in ledger::parse(block)?.digests().filter(|d| pass.has(d.as_bytes())) {
+                    let first = interests.by_content.entry(*digest.as_bytes()).or_insert(ordinal);
+                    *first = ordinal.min(*first);
+                }
+                Ok(())
+            },
+        )?;
+        for_each_other(
+            rollback,
+            part,
+            "SELECT u.ordinal, u.rows AS entries FROM dedup.unchanged_rows AS u WHERE u.ordinal IN (SELECT o.ordinal FROM ",
+            |ordinal, rows| {
+                interests.by_row.extend(
+                    rows.as_chunks::<16>().0.iter().filter(|row| pass.has_prefix(&row[..])).map(|&row| (row, ordinal)),
+                );
+                Ok(())
+            },
+        )?;
+        interests.by_row.sort_unstable();
+        Ok(interests)
+    }
+
+    /// Who found the row that stands under this key since `written` unchanged.
+    fn by_row(&self, content: &Digest, key: &[u8], written: u64) -> Option<u64> {
+        if self.by_row.is_empty() {
+            return None;
+        }
+        let sought = rested_on(content, key);
+        let end = self.by_row.partition_point(|(row, _)| *row <= sought);
+        let (row, ordinal) = *self.by_row[..end].last()?;
+        (row == sought && ordinal > written).then_some(ordinal)
+    }
+
+    /// What becomes of the entries of one content that leave; `said` is all that the index says about it, by ordinal.
+    fn judge(
+        &self,
+        content: &Digest,
+        said: &[Place],
+        leaves: impl Fn(u64) -> bool,
+        mut tell: impl FnMut(&Place, Fate),
+    ) {
+        let mut stays: Vec<Place> = Vec::new();
+        let mut sought = self.by_content.get(content.as_bytes()).copied();
+        if sought.is_some() {
+            stays = said.iter().filter(|p| !leaves(p.ordinal)).cloned().collect();
+            lookup::keep_standing(&mut stays);
+        }
+        for (at, place) in said.iter().enumerate().filter(|(_, p)| leaves(p.ordinal) && !p.tombstone) {
+            let next = said[at + 1..].iter().find(|p| p.key == place.key && p.ordinal > place.ordinal);
+            let fate = match next {
+                Some(next) if leaves(next.ordinal) => Fate::Goes,
+                Some(next) => Fate::Overwritten(next.ordinal),
+                None => {
+                    let by_content = if stays.is_empty() { sought.take() } else { None };
+                    let by_row = || self.by_row(content, &place.key, place.ordinal);
+                    by_content.or_else(by_row).map_or(Fate::Goes, Fate::Rested)
+                }
+            };
+            tell(place, fate);
+        }
+    }
+}
+
+/// Calls `visit` with the ordinal and the packed column of what `query` finds of others.
+fn for_each_other(
+    rollback: &Rollback,
+    part: &Part,
+    query: &str,
+    mut visit: impl FnMut(u64, &[u8]) -> Result<()>,
+) -> Result<()> {
+    Spi::connect(|client| {
+        let mut cursor = client.open_cursor(
+            format!("{query} {OTHERS})").as_str(),
+            &[part.target.id.into(), rollback.run.into(), rollback.chunk.clone().into()],
+        );
+        loop {
+            let rows = cursor.fetch(64)?;
+            if rows.is_empty() {
+                return Ok(());
+            }
+            for row in rows {
+                let ordinal: i64 = required(row["ordinal"].value()?)?;
+                let packed: Vec<u8> = required(row["entries"].value()?)?;
+                visit(ordinal.cast_unsigned(), &packed)?;
+            }
+        }
+    })
+}
+
+/// How much others rest on the target, in bytes of memory for each pass; zero: nobody rests on anything, and nobody has changed anything.
+struct Scale {
+    entries: usize,
+    any: bool,
+}
+
+fn scale(rollback: &Rollback, part: &Part) -> Result<Scale> {
+    let arguments = [part.target.id.into(), rollback.run.into(), rollback.chunk.clone().into()];
+    let (blocks, unchanged) = Spi::get_two_with_args::<i64, i64>(
+        &format!(
+            "SELECT (SELECT pg_catalog.count(*) FROM dedup.ledger_block AS l WHERE l.ordinal IN (SELECT o.ordinal FROM {OTHERS})), \
+                 (SELECT coalesce(pg_catalog.sum(pg_catalog.length(u.rows)), 0)::pg_catalog.int8 FROM dedup.unchanged_rows AS u \
+                  WHERE u.ordinal IN (SELECT o.ordinal FROM {OTHERS}))"
+        ),
+        &arguments,
+    )?;
+    let entries = required(blocks)?.unsigned_abs() as usize * LINES_PER_BLOCK + required(unchanged)?.unsigned_abs() as usize / 16;
+    Ok(Scale { entries, any: entries > 0 || has_later_changes(rollback, part)? })
+}
+
+/// Have others changed or removed rows of the target after what is taken back?
+fn has_later_changes(rollback: &Rollback, part: &Part) -> Result<bool> {
+    required(Spi::get_one_with_args(
+        "SELECT EXISTS (SELECT FROM dedup.before_images AS b WHERE b.target_id = $1 AND b.ordinal OPERATOR(pg_catalog.>) $4 \
+             AND NOT (b.run_id = $2 AND ($3::pg_catalog.text IS NULL OR b.chunk_id = $3)))",
+        &[
+            part.target.id.into(),
+            rollback.run.into(),
+            rollback.chunk.clone().into(),
+            part.oldest().cast_signed().into(),
+        ],
+    )?)
+}
+
+/// Whether rows of what is taken back have a later history of others, so that a row which looks as it was written may not be it.
+///
+/// # Errors
+/// SPI's own.
+pub fn is_overwritten(rollback: &Rollback, parts: &[Part]) -> Result<bool> {
+    parts.iter().try_fold(false, |any, part| Ok(any || has_later_changes(rollback, part)?))
+}
+
+/// Walks over the entries that leave, and what becomes of each.
+fn walk(
+    rollback: &Rollback,
+    part: &Part,
+    entries: usize,
+    mut visit: impl FnMut(&Digest, &Place, Fate) -> Result<()>,
+) -> Result<()> {
+    let snapshot = Snapshot::latest();
+    let blocks = Table::open("segment_block", Access::Read)?;
+    let segments = segment::segments_of(part.target.id, &snapshot)?;
+    for pass in Passes::of(entries, size_of::<([u8; 32], u64)>() * 2).each() {
+        let interests = Interests::load(rollback, part, pass)?;
+        Merge::new(&blocks, &segments, &snapshot)?.for_each_content(|digest, said, _| {
+            if !pass.has(digest.as_bytes()) || !said.iter().any(|p| part.has(p.ordinal)) {
+                return Ok(());
+            }
+            let mut told = Ok(());
+            interests.judge(
+                digest,
+                said,
+                |ordinal| part.has(ordinal),
+                |place, fate| {
+                    if told.is_ok() {
+                        told = visit(digest, place, fate);
+                    }
+                },
+            );
+            told
+        })?;
+    }
+    Ok(())
+}
+
+/// Refuses a rollback that would take away what others rest on, unless it is forced.
+///
+/// # Errors
+/// 55006 naming the runs.
+pub fn refuse(rollback: &Rollback, parts: &[Part]) -> Result<()> {
+    if rollback.forced {
+        return Ok(());
+    }
+    let (mut rested, mut overwritten): (BTreeMap<u64, i64>, BTreeMap<u64, i64>) = Default::default();
+    for part in parts {
+        let scale = scale(rollback, part)?;
+        if scale.any {
+            walk(rollback, part, scale.entries, |_, _, fate| {
+                match fate {
+                    Fate::Goes => {}
+                    Fate::Overwritten(by) => *overwritten.entry(by).or_default() += 1,
+                    Fate::Rested(by) => *rested.entry(by).or_default() += 1,
+                }
+                Ok(())
+            })?;
+        }
+        for by in replaced(rollback, part)? {
+            *overwritten.entry(by).or_default() += 1;
+        }
+    }
+    if rested.is_empty() && overwritten.is_empty() {
+        return Ok(());
+    }
+    let mut lines = Vec::new();
+    for (finishes, what) in [
+        (rested, "rest on {n} of its rows: they were dropped as duplicates of them, or found unchanged"),
+        (overwritten, "changed {n} of its rows"),
+    ] {
+        for (run, name, count) in by_run(&finishes)? {
+            let what = what.replace("{n}", &count.to_string());
+            let subject = if what.starts_with("rest") { "Records of run" } else { "Run" };
+            lines.push(format!("{subject} {run} ({name}) {what}."));
+        }
+    }
+    Err(Error::new(
+        PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
+        format!("other runs depend on what {} wrote", rollback.name()),
+    )
+    .detail(lines.join(" "))
+    .hint("Roll those back first, or force it: rows that others rest on are kept for them."))
+}
+
+/// Finishes by the run they belong to: run, name, sum.
+fn by_run(finishes: &BTreeMap<u64, i64>) -> Result<Vec<(Uuid, String, i64)>> {
+    let (ordinals, counts): (Vec<i64>, Vec<i64>) =
+        finishes.iter().map(|(ordinal, count)| (ordinal.cast_signed(), *count)).unzip();
+    Spi::connect(|client| {
+        client
+            .select(
+                "SELECT r.run_id, r.name, pg_catalog.sum(u.n)::pg_catalog.int8 AS n \
+                 FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) AS u(ordinal, n) JOIN dedup.ordinals AS o USING (ordinal) \
+                     JOIN dedup.runs AS r USING (run_id) GROUP BY r.run_id ORDER BY r.created_at",
+                None,
+                &[ordinals.into(), counts.into()],
+            )?
+            .map(|row| Ok((required(row["run_id"].value()?)?, required(row["name"].value()?)?, required(row["n"].value()?)?)))
+            .collect()
+    })
+}
+
+/// The finishes of others that wrote rows under keys whose rows were removed by what is taken back.
+fn replaced(rollback: &Rollback, part: &Part) -> Result<Vec<u64>> {
+    let keys: Vec<Vec<u8>> = Spi::connect(|client| -> Result<_> {
+        client
+            .select(
+                "SELECT DISTINCT key FROM dedup.before_images WHERE run_id = $1 AND target_id = $2 AND action = 'delete' \
+                     AND ($3::pg_catalog.text IS NULL OR chunk_id = $3)",
+                None,
+                &[rollback.run.into(), part.target.id.into(), rollback.chunk.clone().into()],
+            )?
+            .map(|row| required(row["key"].value()?))
+            .collect()
+    })?;
+    let keys: Vec<&[u8]> = keys.iter().map(Vec::as_slice).collect();
+    let mut found: Vec<([u8; 32], Vec<u8>)> = Vec::new();
+    let Target { table, layout, key_types, .. } = &part.target;
+    rows_under(Reading::Latest, *table, layout, key_types, &keys, |_, row| {
+        let mut key = Vec::new();
+        row.write_key(&mut key)?;
+        found.push((*row.digests()?.content.as_bytes(), key));
+        Ok(())
+    })?;
+    let owners = owners(part.target.id, &found)?;
+    let standing = of_runs(&owners.iter().flatten().copied().collect())?;
+    Ok(owners
+        .into_iter()
+        .flatten()
+        .filter(|owner| !part.has(*owner) && *owner > part.oldest() && standing.contains(owner))
+        .collect())
+}
+
+/// Of these ordinals those of runs: rows that stood there before any are nobody's.
+///
+/// # Errors
+/// SPI's own.
+pub fn of_runs(ordinals: &HashSet<u64>) -> Result<HashSet<u64>> {
+    let ordinals: Vec<i64> = ordinals.iter().map(|o| o.cast_signed()).collect();
+    Spi::connect(|client| {
+        client
+            .select(
+                "SELECT ordinal FROM dedup.ordinals WHERE ordinal = ANY ($1) AND run_id IS NOT NULL",
+                None,
+                &[ordinals.into()],
+            )?
+            .map(|row| Ok(required::<i64>(row["ordinal"].value()?)?.cast_unsigned()))
+            .collect()
+    })
+}
+
+/// Which ordinal the index has each of these rows (content, key) under, if any.
+///
+/// # Errors
+/// XX001 for a damaged block.
+pub fn owners(target: i32, rows: &[([u8; 32], Vec<u8>)]) -> Result<Vec<Option<u64>>> {
+    let mut digests: Vec<[u8; 32]> = rows.iter().map(|(digest, _)| *digest).collect();
+    digests.sort_unstable();
+    digests.dedup();
+    let wanted: Vec<u32> = (0..digests.len() as u32).collect();
+    let places: BTreeMap<u32, Vec<Place>> =
+        lookup::places(target, &digests, &wanted, &Snapshot::latest())?.into_iter().collect();
+    Ok(rows
+        .iter()
+        .map(|(digest, key)| {
+            let at = digests.binary_search(digest).ok()?;
+            let places = places.get(&(at as u32))?;
+            places.iter().find(|p| p.key == *key).map(|p| p.ordinal)
+        })
+        .collect())
+}
+
+/// Rows that were kept for others.
+#[derive(Default)]
+pub struct HandedOver {
+    /// How many.
+    pub rows: i64,
+    /// The ordinals that they stand under now.
+    pub ordinals: HashSet<u64>,
+}
+
+/// Whom a row is kept for, and who wrote it: rows of one such pair stand under one new ordinal.
+type Heritage = (u64, u64);
+
+/// Keeps the rows that records of others rest on: they get an entry of the other's chunk, under a new ordinal, and their before images, if they
+/// have any, become its before images.
+///
+/// # Errors
+/// XX001 for damaged state, 42501 without the privileges of a worker.
+pub fn hand_over(rollback: &Rollback, part: &Part) -> Result<HandedOver> {
+    let scale = scale(rollback, part)?;
+    let mut handed_over = HandedOver::default();
+    if scale.entries == 0 {
+        return Ok(handed_over);
+    }
+    let images = keys_with_images(rollback, part)?;
+    let blocks = Table::open("segment_block", Access::Insert)?;
+    let segments = Table::open("segment", Access::Insert)?;
+    let mut writer = SegmentWriter::new(&blocks, part.target.id, 0)?;
+    let mut ordinals: HashMap<Heritage, u64> = HashMap::new();
+    let mut moved: Vec<(u64, Vec<u8>, u64)> = Vec::new();
+    // Of one content: entries are written in order.
+    let mut pending: Vec<(Digest, u64, Place)> = Vec::new();
+    let mut flush = |pending: &mut Vec<(Digest, u64, Place)>| -> Result<()> {
+        pending.sort_unstable_by(|a, b| (a.1, &a.2.key).cmp(&(b.1, &b.2.key)));
+        for (digest, ordinal, place) in pending.drain(..) {
+            let stamp = Stamp { ordinal, tombstone: false };
+            writer.push(&Entry { digest, stamp, row_digest: place.row_digest, key: &place.key })?;
+        }
+        Ok(())
+    };
+    walk(rollback, part, scale.entries, |digest, place, fate| {
+        let Fate::Rested(heir) = fate else { return Ok(()) };
+        if pending.last().is_some_and(|(last, ..)| last != digest) {
+            flush(&mut pending)?;
+        }
+        let ordinal = match ordinals.get(&(heir, place.ordinal)) {
+            Some(&known) => known,
+            None => {
+                let ordinal = inherited_ordinal(heir, place.ordinal)?;
+                ordinals.insert((heir, place.ordinal), ordinal);
+                ordinal
+            }
+        };
+        if images.contains(&subject(place.ordinal, &place.key)) {
+            moved.push((place.ordinal, place.key.clone(), ordinal));
+        }
+        handed_over.rows += 1;
+        pending.push((*digest, ordinal, place.clone()));
+        Ok(())
+    })?;
+    flush(&mut pending)?;
+    writer.finish(&segments)?;
+    handed_over.ordinals = ordinals.into_values().collect();
+    let tombstones = move_images(&moved)?;
+    write_tombstones(part.target.id, tombstones)?;
+    Ok(handed_over)
+}
+
+/// What a before image is known by, within a rollback.
+pub fn subject(ordinal: u64, key: &[u8]) -> u64 {
+    hash_of(&[&ordinal.to_be_bytes(), key])
+}
+
+/// [`subject`] of each before image of what is taken back.
+///
+/// # Errors
+/// SPI's own.
+pub fn keys_with_images(rollback: &Rollback, part: &Part) -> Result<HashSet<u64>> {
+    Spi::connect(|client| {
+        let mut hashes = HashSet::new();
+        let mut cursor = client.open_cursor(
+            "SELECT ordinal, key FROM dedup.before_images WHERE run_id = $1 AND target_id = $2 AND ($3::pg_catalog.text IS NULL OR chunk_id = $3)",
+            &[rollback.run.into(), part.target.id.into(), rollback.chunk.clone().into()],
+        );
+        loop {
+            let rows = cursor.fetch(10_000)?;
+            if rows.is_empty() {
+                return Ok(hashes);
+            }
+            for row in rows {
+                let ordinal: i64 = required(row["ordinal"].value()?)?;
+                let key: Vec<u8> = required(row["key"].value()?)?;
+                hashes.insert(subject(ordinal.cast_unsigned(), &key));
+            }
+        }
+    })
+}
+
+/// An ordinal of the heir's chunk for rows that `writer` wrote; it remembers whose columns their row digests are about.
+fn inherited_ordinal(heir: u64, writer: u64) -> Result<u64> {
+    let ordinal = next_number("ordinal_seq")?;
+    Spi::run_with_args(
+        "INSERT INTO dedup.ordinals (ordinal, target_id, run_id, chunk_id, pass, heir_of, heir_table) \
+         SELECT $1, h.target_id, h.run_id, h.chunk_id, 0, coalesce(w.heir_of, w.run_id), coalesce(w.heir_table, c.table_id) \
+         FROM dedup.ordinals AS h, dedup.ordinals AS w LEFT JOIN dedup.checkpoints AS c ON c.run_id = w.run_id AND c.chunk_id = w.chunk_id \
+         WHERE h.ordinal = $2 AND w.ordinal = $3",
+        &[ordinal.into(), heir.cast_signed().into(), writer.cast_signed().into()],
+    )?;
+    Ok(ordinal.cast_unsigned())
+}
+
+/// Before images go with the rows they belong to; returns what these held before: (content, ordinal, key).
+fn move_images(moved: &[(u64, Vec<u8>, u64)]) -> Result<Vec<(Digest, u64, Vec<u8>)>> {
+    if moved.is_empty() {
+        return Ok(Vec::new());
+    }
+    let from: Vec<i64> = moved.iter().map(|(from, ..)| from.cast_signed()).collect();
+    let keys: Vec<Vec<u8>> = moved.iter().map(|(_, key, _)| key.clone()).collect();
+    let to: Vec<i64> = moved.iter().map(|(.., to)| to.cast_signed()).collect();
+    Spi::connect_mut(|client| {
+        client
+            .update(
+                "UPDATE dedup.before_images AS b SET ordinal = o.ordinal, run_id = o.run_id, chunk_id = o.chunk_id \
+                 FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) AS u(old, key, new) \
+                     JOIN dedup.ordinals AS o ON o.ordinal = u.new \
+                 WHERE b.ordinal = u.old AND b.key = u.key RETURNING b.content_hash, b.ordinal, b.key",
+                None,
+                &[from.into(), keys.into(), to.into()],
+            )?
+            .map(|row| {
+                let digest: Vec<u8> = required(row["content_hash"].value()?)?;
+                let digest = Digest::from_slice(&digest)
+                    .ok_or_else(|| Error::corrupted("a before image's content hash is not 32 bytes"))?;
+                let ordinal: i64 = required(row["ordinal"].value()?)?;
+                Ok((digest, ordinal.cast_unsigned(), required(row["key"].value()?)?))
+            })
+            .collect()
+    })
+}
+
+/// Says of contents that they no longer stand under these keys.
+///
+/// # Errors
+/// 42501 without INSERT on the segment tables.
+pub fn write_tombstones(target: i32, mut tombstones: Vec<(Digest, u64, Vec<u8>)>) -> Result<()> {
+    if tombstones.is_empty() {
+        return Ok(());
+    }
+    tombstones.sort_unstable();
+    let blocks = Table::open("segment_block", Access::Insert)?;
+    let segments = Table::open("segment", Access::Insert)?;
+    let mut writer = SegmentWriter::new(&blocks, target, 0)?;
+    for (digest, ordinal, key) in &tombstones {
+        let stamp = Stamp { ordinal: *ordinal, tombstone: true };
+        writer.push(&Entry { digest: *digest, stamp, row_digest: [0; Digest::SHORT_LEN], key })?;
+    }
+    writer.finish(&segments)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn place(ordinal: u64, tombstone: bool, key: u8) -> Place {
+        Place { ordinal, tombstone, row_digest: [0; 8], key: vec![key] }
+    }
+
+    fn fates(interests: &Interests, said: &[Place], leaving: &[u64]) -> Vec<(u64, Fate)> {
+        let mut told = Vec::new();
+        interests.judge(&Digest([7; 32]), said, |o| leaving.contains(&o), |p, fate| told.push((p.ordinal, fate)));
+        told
+    }
+
+    fn dropped_by(ordinal: u64) -> Interests {
+        Interests { by_content: HashMap::from([([7; 32], ordinal)]), by_row: Vec::new() }
+    }
+
+    #[test]
+    fn what_nobody_rests_on_goes() {
+        let said = [place(1, false, 1), place(5, false, 2)];
+        assert_eq!(fates(&Interests::default(), &said, &[1, 5]), [(1, Fate::Goes), (5, Fate::Goes)]);
+        assert_eq!(fates(&Interests::default(), &said, &[9]), []);
+    }
+
+    #[test]
+    fn one_row_is_kept_for_a_content() {
+        let said = [place(1, false, 1), place(2, false, 2)];
+        assert_eq!(fates(&dropped_by(4), &said, &[1, 2]), [(1, Fate::Rested(4)), (2, Fate::Goes)]);
+    }
+
+    #[test]
+    fn none_is_kept_where_another_row_stays() {
+        let said = [place(1, false, 1), place(2, false, 2)];
+        assert_eq!(fates(&dropped_by(4), &said, &[2]), [(2, Fate::Goes)]);
+        // The other one is retracted by what leaves: it comes back.
+        let said = [place(1, false, 1), place(2, true, 1), place(2, false, 2)];
+        assert_eq!(fates(&dropped_by(4), &said, &[2]), [(2, Fate::Goes)]);
+    }
+
+    #[test]
+    fn changes_by_others_are_told() {
+        let said = [place(1, false, 1), place(3, true, 1)];
+        assert_eq!(fates(&dropped_by(4), &said, &[1]), [(1, Fate::Overwritten(3))]);
+        assert_eq!(fates(&dropped_by(4), &said, &[1, 3]), [(1, Fate::Goes)]);
+        // Other columns changed, the content did not.
+        let said = [place(1, false, 1), place(3, false, 1)];
+        assert_eq!(fates(&Interests::default(), &said, &[1]), [(1, Fate::Overwritten(3))]);
+    }
+
+    #[test]
+    fn rows_found_unchanged_are_rested_on() {
+        let by_row = vec![(rested_on(&Digest([7; 32]), &[1]), 6)];
+        let interests = Interests { by_content: HashMap::new(), by_row };
+        let said = [place(1, false, 1), place(1, false, 2)];
+        assert_eq!(fates(&interests, &said, &[1]), [(1, Fate::Rested(6)), (1, Fate::Goes)]);
+    }
+}

@@ -1,0 +1,282 @@
+-- Rollback: what a run did to its targets is taken back. docs/rollback.md has the method.
+
+-- Above this, one transaction holds locks and WAL for too long: the rollback is done in chunks.
+CREATE FUNCTION dedup.rollback_limit() RETURNS bigint LANGUAGE sql IMMUTABLE AS $$ SELECT 5000000::bigint $$;
+COMMENT ON FUNCTION dedup.rollback_limit() IS 'rows that dedup.rollback_run takes back in one transaction at most';
+
+-- By the books, which is cheap, and close: rows that others have changed since are not looked for.
+CREATE FUNCTION dedup.rollback_preview(run uuid, chunk text DEFAULT NULL, OUT target regclass, OUT rows_to_delete bigint, OUT rows_to_restore bigint,
+    OUT wal_bytes bigint, OUT estimated interval) RETURNS SETOF record
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    r dedup.runs := dedup.run_row(run);
+BEGIN
+    RETURN QUERY
+    WITH finished AS (
+        SELECT c.* , t.target_id FROM dedup.checkpoints AS c JOIN dedup.run_tables AS t USING (run_id, table_id)
+        WHERE c.run_id = run AND (chunk IS NULL OR c.chunk_id = chunk) AND c.written_at IS NOT NULL
+            AND NOT EXISTS (SELECT FROM dedup.rollbacks AS b JOIN dedup.rollback_steps AS s USING (rollback_id)
+                            WHERE b.run_id = run AND s.ordinal = c.ordinal AND s.undone_at IS NOT NULL)
+    ), written AS (
+        SELECT f.target_id, sum(f.inserted_count)::bigint AS inserted,
+            extract(epoch FROM max(f.written_at) - min(f.started_at))::float8 AS seconds, sum(f.inserted_count + f.updated_count)::float8 AS records
+        FROM finished AS f GROUP BY 1
+    ), kept AS (
+        SELECT b.target_id, count(*) AS images, coalesce(sum(length(b.image)), 0)::bigint AS bytes FROM dedup.before_images AS b
+        WHERE b.run_id = run AND (chunk IS NULL OR b.chunk_id = chunk) GROUP BY 1
+    )
+    SELECT g.target, w.inserted, coalesce(k.images, 0),
+        -- A record a row deleted, two a row restored, the row's pages once after a checkpoint, the index entries written once more at most.
+        w.inserted * 130 + coalesce(k.images, 0) * 200 + coalesce(k.bytes, 0) * 2
+            + least(pg_table_size(g.target), (w.inserted + coalesce(k.images, 0)) * current_setting('block_size')::bigint),
+        -- As fast as they were written.
+        make_interval(secs => CASE WHEN w.records > 0 THEN w.seconds * (w.inserted + coalesce(k.images, 0)) / w.records ELSE 0 END)
+    FROM written AS w JOIN dedup.targets AS g USING (target_id) LEFT JOIN kept AS k USING (target_id) ORDER BY 1;
+END $$;
+COMMENT ON FUNCTION dedup.rollback_preview(uuid, text) IS 'what a rollback of a run, or of one chunk, would take back, by its books: rows, WAL, time';
+
+-- Begins a rollback, or takes up one that was cut off; one transaction. Workers of the run are fenced: the chunks that they are writing are waited
+-- for, and none is begun after that.
+CREATE FUNCTION dedup.begin_rollback(run uuid, chunk text DEFAULT NULL, force bool DEFAULT false) RETURNS bigint
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    r dedup.runs;
+    id bigint;
+    other text;
+BEGIN
+    PERFORM dedup.end_stale_leases(run);
+    r := dedup.lock_run(run);
+    IF r.status = 'rolling_back' AND chunk IS NULL THEN
+        UPDATE dedup.rollbacks AS b SET is_forced = b.is_forced OR force WHERE b.run_id = run AND b.finished_at IS NULL RETURNING b.rollback_id INTO id;
+        PERFORM dedup.log_event(run, NULL, 'rollback_resumed', jsonb_build_object('rollback_id', id, 'force', force));
+        RETURN id;
+    ELSIF r.status IN ('rolled_back', 'rolling_back') THEN
+        RAISE EXCEPTION 'run % is %', run, r.status USING ERRCODE = 'object_not_in_prerequisite_state';
+    ELSIF chunk IS NOT NULL AND r.status IN ('created', 'running', 'halted') THEN
+        RAISE EXCEPTION 'run % is %', run, r.status USING ERRCODE = 'object_not_in_prerequisite_state',
+            HINT = CASE r.status WHEN 'running' THEN format('SELECT dedup.pause_run(%L); first: the chunk would be migrated again at once.', run)
+                                 WHEN 'halted' THEN format('SELECT * FROM dedup.rollback_run(%L); takes the whole run back.', run)
+                                 ELSE 'Nothing was written yet.' END;
+    ELSIF chunk IS NOT NULL AND NOT EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.chunk_id = chunk) THEN
+        RAISE EXCEPTION 'run % has no chunk %', run, chunk USING ERRCODE = 'undefined_object',
+            HINT = 'SELECT chunk_id FROM dedup.checkpoints lists them.';
+    END IF;
+    SELECT string_agg(DISTINCT o::text, ', ') INTO other FROM dedup.run_tables AS t CROSS JOIN LATERAL dedup.run_rolling_back(t.target_id) AS o
+    WHERE t.run_id = run AND o IS NOT NULL;
+    IF other IS NOT NULL THEN
+        RAISE EXCEPTION 'run % is being rolled back from the same tables', other USING ERRCODE = 'object_in_use',
+            HINT = format('CALL dedup.rollback_run_in_chunks(%L) goes on with it.', other);
+    END IF;
+    IF chunk IS NULL THEN
+        PERFORM dedup.set_run_status(run, '{created,running,paused,failed,halted,done,reconciled,cancelled}', 'rolling_back', 'run_rolling_back');
+    END IF;
+    -- What is not leased yet stays so; what is leased ends first, or finds that its run is no longer open.
+    PERFORM FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.status = 'pending' FOR UPDATE SKIP LOCKED;
+    PERFORM FROM dedup.checkpoints AS c WHERE c.run_id = run ORDER BY c.chunk_no FOR UPDATE;
+    INSERT INTO dedup.rollbacks AS b (run_id, chunk_id, is_forced) VALUES (run, chunk, force) RETURNING b.rollback_id INTO id;
+    PERFORM dedup.prepare_rollback(id);
+    PERFORM dedup.log_event(run, chunk, 'rollback_started', jsonb_build_object('rollback_id', id, 'force', force, 'from', r.status));
+    RETURN id;
+END $$;
+COMMENT ON FUNCTION dedup.begin_rollback(uuid, text, bool) IS 'begins to roll a run or one of its chunks back, or takes up a rollback that was cut off; returns its number';
+
+-- One step in the caller's transaction. Tables that others reference come after those; of one table the newest first.
+CREATE FUNCTION dedup.rollback_step(rollback bigint, OUT state text, OUT deleted bigint, OUT restored bigint, OUT left_alone bigint) RETURNS record
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    s dedup.rollback_steps;
+    cautious bool := false;
+    reason text;
+BEGIN
+    deleted := 0;
+    restored := 0;
+    left_alone := 0;
+    SELECT x.* INTO s FROM dedup.rollback_steps AS x
+    WHERE x.rollback_id = rollback AND x.undone_at IS NULL
+        AND (x.deferred_at IS NULL OR x.deferred_at < (SELECT max(d.undone_at) FROM dedup.rollback_steps AS d WHERE d.rollback_id = rollback))
+        AND NOT EXISTS (SELECT FROM dedup.rollbacks AS b JOIN dedup.run_tables AS t ON t.run_id = b.run_id
+                        WHERE b.rollback_id = rollback AND t.depends_on @> ARRAY[x.table_id]
+                            AND EXISTS (SELECT FROM dedup.rollback_steps AS d WHERE d.rollback_id = rollback AND d.table_id = t.table_id AND d.undone_at IS NULL))
+    ORDER BY x.ordinal DESC LIMIT 1 FOR UPDATE OF x SKIP LOCKED;
+    IF NOT FOUND THEN
+        state := CASE WHEN EXISTS (SELECT FROM dedup.rollback_steps AS x WHERE x.rollback_id = rollback AND x.undone_at IS NULL) THEN 'waiting' ELSE 'finished' END;
+        RETURN;
+    END IF;
+    FOR try IN 1 .. 2 LOOP
+        BEGIN
+            SELECT u.deleted, u.restored, u.left_alone INTO deleted, restored, left_alone FROM dedup.undo_ordinal(rollback, s.ordinal, cautious) AS u;
+            IF FOUND THEN
+                UPDATE dedup.rollback_steps AS x
+                SET undone_at = clock_timestamp(), deleted_count = rollback_step.deleted, restored_count = rollback_step.restored,
+                    left_alone_count = rollback_step.left_alone, message = NULL
+                WHERE x.rollback_id = rollback AND x.ordinal = s.ordinal;
+                state := 'undone';
+                RETURN;
+            END IF;
+            reason := 'a newer change of one of its rows comes first';
+            EXIT;
+        EXCEPTION
+            WHEN serialization_failure THEN
+                -- A row is not what was written: each is looked at.
+                reason := SQLERRM;
+                cautious := true;
+            WHEN foreign_key_violation OR unique_violation OR exclusion_violation THEN
+                -- What is in the way may be taken back by another step.
+                reason := dedup.without_values(SQLSTATE, SQLERRM);
+                EXIT;
+        END;
+    END LOOP;
+    UPDATE dedup.rollback_steps AS x SET deferred_at = clock_timestamp(), message = reason WHERE x.rollback_id = rollback AND x.ordinal = s.ordinal;
+    deleted := 0;
+    restored := 0;
+    left_alone := 0;
+    state := 'deferred';
+END $$;
+COMMENT ON FUNCTION dedup.rollback_step(bigint) IS 'takes one finish of a chunk back: undone; deferred, until another one is; waiting, for steps that others are at or that are in each other''s way; or finished';
+
+-- Nobody is at a step, and none can be done.
+CREATE FUNCTION dedup.rollback_stuck(rollback bigint) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    reasons text;
+    b dedup.rollbacks;
+BEGIN
+    SELECT * INTO b FROM dedup.rollbacks AS x WHERE x.rollback_id = rollback;
+    SELECT string_agg(DISTINCT format('chunk %s: %s', s.chunk_id, s.message), '; ') INTO reasons
+    FROM dedup.rollback_steps AS s WHERE s.rollback_id = rollback AND s.undone_at IS NULL AND s.message IS NOT NULL;
+    RAISE EXCEPTION 'the rollback of run % cannot go on', b.run_id USING ERRCODE = 'object_in_use', DETAIL = reasons,
+        HINT = 'Mend what is in the way, then go on with the rollback: what was taken back stays so.';
+END $$;
+COMMENT ON FUNCTION dedup.rollback_stuck(bigint) IS 'says why a rollback cannot go on';
+
+CREATE FUNCTION dedup.finish_rollback(rollback bigint, OUT run_id uuid, OUT chunk_id text, OUT status text, OUT deleted_count bigint, OUT restored_count bigint,
+    OUT kept_count bigint, OUT left_alone_count bigint, OUT seconds float8) RETURNS record
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET synchronous_commit = on AS $$
+DECLARE
+    b dedup.rollbacks;
+BEGIN
+    SELECT * INTO b FROM dedup.rollbacks AS x WHERE x.rollback_id = rollback;
+    PERFORM dedup.lock_run(b.run_id);
+    SELECT * INTO b FROM dedup.rollbacks AS x WHERE x.rollback_id = rollback FOR UPDATE;
+    IF EXISTS (SELECT FROM dedup.rollback_steps AS s WHERE s.rollback_id = rollback AND s.undone_at IS NULL) THEN
+        RAISE EXCEPTION 'rollback % has steps left', rollback USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+    SELECT b.run_id, b.chunk_id, coalesce(sum(s.deleted_count), 0), coalesce(sum(s.restored_count), 0), b.kept_count, coalesce(sum(s.left_alone_count), 0),
+        extract(epoch FROM coalesce(b.finished_at, clock_timestamp()) - b.started_at)
+    INTO finish_rollback.run_id, finish_rollback.chunk_id, deleted_count, restored_count, finish_rollback.kept_count, left_alone_count, seconds
+    FROM dedup.rollback_steps AS s WHERE s.rollback_id = rollback;
+    IF b.finished_at IS NULL THEN
+        UPDATE dedup.rollbacks AS x SET finished_at = clock_timestamp() WHERE x.rollback_id = rollback;
+        IF b.chunk_id IS NULL THEN
+            PERFORM dedup.set_run_status(b.run_id, '{rolling_back}', 'rolled_back', 'run_rolled_back');
+            DELETE FROM dedup.pass_keys AS k WHERE k.run_id = b.run_id;
+            UPDATE dedup.divergences AS d SET state = 'released' WHERE d.run_id = b.run_id AND d.state = 'open';
+        ELSE
+            -- The chunk is to be done again; a run that has ended waits for somebody to say so.
+            UPDATE dedup.checkpoints AS c SET status = 'pending', attempts = 0, not_before = NULL, lease = NULL
+            WHERE c.run_id = b.run_id AND c.chunk_id = b.chunk_id;
+            PERFORM dedup.forget_books(b.run_id, ARRAY[b.chunk_id]);
+            DELETE FROM dedup.quarantine AS q WHERE q.run_id = b.run_id AND q.chunk_id = b.chunk_id;
+            DELETE FROM dedup.pass_keys AS k WHERE k.run_id = b.run_id AND k.chunk_id = b.chunk_id;
+            IF (dedup.run_row(b.run_id)).status IN ('done', 'reconciled') THEN
+                PERFORM dedup.set_run_status(b.run_id, '{done,reconciled}', 'paused', 'run_paused');
+            END IF;
+        END IF;
+        PERFORM dedup.log_event(b.run_id, b.chunk_id, 'rolled_back', jsonb_build_object('rollback_id', rollback, 'deleted', deleted_count,
+            'restored', restored_count, 'kept', finish_rollback.kept_count, 'left_alone', left_alone_count));
+    END IF;
+    status := (dedup.run_row(b.run_id)).status;
+END $$;
+COMMENT ON FUNCTION dedup.finish_rollback(bigint) IS 'ends a rollback whose steps are all done; answers what it did';
+
+CREATE FUNCTION dedup.roll_back_here(run uuid, chunk text, force bool) RETURNS bigint
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    id bigint;
+    did text;
+BEGIN
+    IF NOT pg_try_advisory_xact_lock(hashtextextended('dedup ' || run::text, 0)) THEN
+        RAISE EXCEPTION 'another session is reconciling or rolling back run %', run USING ERRCODE = 'object_in_use';
+    END IF;
+    id := dedup.begin_rollback(run, chunk, force);
+    LOOP
+        did := (dedup.rollback_step(id)).state;
+        EXIT WHEN did = 'finished';
+        IF did = 'waiting' THEN
+            PERFORM dedup.rollback_stuck(id);
+        END IF;
+    END LOOP;
+    RETURN id;
+END $$;
+COMMENT ON FUNCTION dedup.roll_back_here(uuid, text, bool) IS 'rolls a run or a chunk back in the caller''s transaction; returns the number of the rollback';
+
+CREATE FUNCTION dedup.rollback_run(run uuid, force bool DEFAULT false, OUT run_id uuid, OUT status text, OUT deleted_count bigint, OUT restored_count bigint,
+    OUT kept_count bigint, OUT left_alone_count bigint, OUT seconds float8) RETURNS record
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    p record;
+    total bigint := 0;
+BEGIN
+    FOR p IN SELECT * FROM dedup.rollback_preview(run) LOOP
+        total := total + p.rows_to_delete + p.rows_to_restore;
+        RAISE NOTICE '%: % rows to delete, % to restore, about % of WAL, about % s', p.target, p.rows_to_delete, p.rows_to_restore,
+            pg_size_pretty(p.wal_bytes), round(extract(epoch FROM p.estimated), 1);
+    END LOOP;
+    IF total > dedup.rollback_limit() THEN
+        RAISE EXCEPTION 'run % wrote % rows, too many to take back in one transaction', run, total USING ERRCODE = 'program_limit_exceeded',
+            DETAIL = format('Up to %s rows are.', dedup.rollback_limit()),
+            HINT = format('CALL dedup.rollback_run_in_chunks(%1$L); or pg-dedup-migrate rollback %1$s takes it back in steps, and goes on where it was cut off.', run);
+    END IF;
+    SELECT f.run_id, f.status, f.deleted_count, f.restored_count, f.kept_count, f.left_alone_count, f.seconds
+    INTO rollback_run.run_id, status, deleted_count, restored_count, kept_count, left_alone_count, seconds
+    FROM dedup.finish_rollback(dedup.roll_back_here(run, NULL, force)) AS f;
+END $$;
+COMMENT ON FUNCTION dedup.rollback_run(uuid, bool) IS 'takes back all that a run did, in the caller''s transaction; force: overwrites what others changed since, keeps what other runs rest on for them';
+
+CREATE FUNCTION dedup.rollback_chunk(run uuid, chunk_id text, force bool DEFAULT false, OUT status text, OUT deleted_count bigint, OUT restored_count bigint,
+    OUT kept_count bigint, OUT left_alone_count bigint) RETURNS record
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF rollback_chunk.chunk_id IS NULL THEN
+        RAISE EXCEPTION 'run % has no chunk NULL', run USING ERRCODE = 'undefined_object';
+    END IF;
+    SELECT f.status, f.deleted_count, f.restored_count, f.kept_count, f.left_alone_count
+    INTO rollback_chunk.status, deleted_count, restored_count, kept_count, left_alone_count
+    FROM dedup.finish_rollback(dedup.roll_back_here(run, rollback_chunk.chunk_id, force)) AS f;
+END $$;
+COMMENT ON FUNCTION dedup.rollback_chunk(uuid, text, bool) IS 'takes back what one chunk did; it is pending again, and its run, if it had ended, paused';
+
+-- Commits after every step.
+CREATE PROCEDURE dedup.rollback_run_in_chunks(run uuid, force bool DEFAULT false) LANGUAGE plpgsql AS $$
+DECLARE
+    id bigint;
+    did record;
+    steps bigint := 0;
+    in_all bigint;
+    told timestamptz := pg_catalog.clock_timestamp();
+BEGIN
+    PERFORM dedup.hold_run(run);
+    id := dedup.begin_rollback(run, NULL, force);
+    COMMIT;
+    in_all := (SELECT pg_catalog.count(*) FROM dedup.rollback_steps AS s WHERE s.rollback_id OPERATOR(pg_catalog.=) id);
+    LOOP
+        SELECT * INTO did FROM dedup.rollback_step(id);
+        COMMIT;
+        EXIT WHEN did.state OPERATOR(pg_catalog.=) 'finished';
+        IF did.state OPERATOR(pg_catalog.=) 'waiting' THEN
+            PERFORM pg_catalog.pg_advisory_unlock(pg_catalog.hashtextextended('dedup ' OPERATOR(pg_catalog.||) run::pg_catalog.text, 0));
+            PERFORM dedup.rollback_stuck(id);
+        END IF;
+        IF pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) told OPERATOR(pg_catalog.>) '10 s'::pg_catalog.interval THEN
+            told := pg_catalog.clock_timestamp();
+            RAISE NOTICE '% of % steps taken back', (SELECT pg_catalog.count(*) FROM dedup.rollback_steps AS s
+                WHERE s.rollback_id OPERATOR(pg_catalog.=) id AND s.undone_at IS NOT NULL), in_all;
+        END IF;
+    END LOOP;
+    SELECT * INTO did FROM dedup.finish_rollback(id);
+    COMMIT;
+    PERFORM pg_catalog.pg_advisory_unlock(pg_catalog.hashtextextended('dedup ' OPERATOR(pg_catalog.||) run::pg_catalog.text, 0));
+    RAISE NOTICE 'run % is %: % rows deleted, % restored, % kept for other runs, % left alone', run, did.status, did.deleted_count, did.restored_count,
+        did.kept_count, did.left_alone_count;
+END $$;
+COMMENT ON PROCEDURE dedup.rollback_run_in_chunks(uuid, bool) IS 'takes back all that a run did, one transaction a step; called again it goes on where it was cut off';
