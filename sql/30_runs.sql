@@ -261,7 +261,10 @@ BEGIN
     WHERE y.target = add_table.target AND x.run_id <> run AND runs.status IN ('created', 'running', 'paused', 'halted', 'failed', 'rolling_back') LIMIT 1;
     IF other IS NOT NULL THEN
         RAISE EXCEPTION 'run % on % is still open', other, target USING ERRCODE = 'object_in_use',
-            HINT = format('Resume it: pg-dedup-migrate run --resume %s; or give it up: SELECT dedup.cancel_run(%L).', other, other);
+            HINT = CASE (dedup.run_row(other::uuid)).status
+                WHEN 'rolling_back' THEN format('Go on with its rollback: pg-dedup-migrate rollback %s.', other)
+                WHEN 'halted' THEN format('Reconcile it, or take it back: pg-dedup-migrate rollback %s.', other)
+                ELSE format('Resume it: pg-dedup-migrate run --resume %s; or give it up: SELECT dedup.cancel_run(%L).', other, other) END;
     END IF;
 
     SELECT array_agg(a.attname::text ORDER BY a.attnum) INTO all_columns FROM pg_attribute AS a

@@ -57,6 +57,13 @@ LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
 $$;
 COMMENT ON FUNCTION dedup.silent_leases(uuid) IS 'chunks held by workers without a recent heartbeat, and the seconds until the first is free; null: none';
 
+CREATE FUNCTION dedup.rollbacks_in_the_way(run uuid) RETURNS SETOF uuid
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT DISTINCT o FROM dedup.run_tables AS t CROSS JOIN LATERAL dedup.run_rolling_back(t.target_id) AS o
+    WHERE t.run_id = run AND o IS NOT NULL
+$$;
+COMMENT ON FUNCTION dedup.rollbacks_in_the_way(uuid) IS 'runs that are being rolled back from targets of this run';
+
 -- One session is enough; the others go on with a cold filter, which is slower and as exact.
 CREATE FUNCTION dedup.warm_filter_once() RETURNS bigint
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -82,8 +89,8 @@ BEGIN
         RETURN;
     END IF;
     PERFORM dedup.end_stale_leases(run);
-    -- Tables whose parents are written, once a lease and not once a chunk; a scalar look-up a parent, so that an index answers it.
-    ready := ARRAY(SELECT t.table_id FROM dedup.run_tables AS t WHERE t.run_id = run AND NOT EXISTS (SELECT FROM unnest(t.depends_on) AS p(id)
+    -- Tables whose parents are written and that nobody takes rows out of, once a lease and not once a chunk; a scalar look-up a parent, so that an index answers it.
+    ready := ARRAY(SELECT t.table_id FROM dedup.run_tables AS t WHERE t.run_id = run AND dedup.run_rolling_back(t.target_id) IS NULL AND NOT EXISTS (SELECT FROM unnest(t.depends_on) AS p(id)
         WHERE (SELECT true FROM dedup.checkpoints AS parent WHERE parent.run_id = run AND parent.table_id = p.id
                AND parent.status IN ('pending', 'syncing') AND parent.written_at IS NULL LIMIT 1)));
     SELECT c.* INTO picked FROM dedup.checkpoints AS c

@@ -1,21 +1,26 @@
 -- Reconciliation: the pass around the comparison. docs/reconcile.md has the method.
 
--- One pass a run at a time. Held until the session ends or lets go of it.
-CREATE FUNCTION dedup.hold_run(run uuid) RETURNS void
+-- One pass or rollback a run at a time. Held until the transaction ends, or until the session ends or lets go of it.
+CREATE FUNCTION dedup.hold_run(run uuid, until_commit bool DEFAULT false) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    name bigint := hashtextextended('dedup ' || (dedup.run_row(run)).run_id::text, 0);
 BEGIN
-    PERFORM dedup.run_row(run);
     -- A session that has just gone takes a moment to let go.
     FOR try IN 1 .. 20 LOOP
-        IF pg_try_advisory_lock(hashtextextended('dedup ' || run::text, 0)) THEN
+        IF (CASE WHEN until_commit THEN pg_try_advisory_xact_lock(name) ELSE pg_try_advisory_lock(name) END) THEN
             RETURN;
         END IF;
         PERFORM pg_sleep(0.1);
     END LOOP;
-    RAISE EXCEPTION 'another session is reconciling run %', run USING ERRCODE = 'object_in_use',
+    RAISE EXCEPTION 'another session is reconciling run % or rolling it back', run USING ERRCODE = 'object_in_use',
         HINT = 'Wait for it, or end it: SELECT pid FROM pg_locks WHERE locktype = ''advisory''.';
 END $$;
-COMMENT ON FUNCTION dedup.hold_run(uuid) IS 'keeps other sessions from reconciling the run until this one ends';
+COMMENT ON FUNCTION dedup.hold_run(uuid, bool) IS 'keeps other sessions from reconciling the run or rolling it back until this one, or its transaction, ends';
+
+CREATE FUNCTION dedup.let_go_of_run(run uuid) RETURNS bool LANGUAGE sql SET search_path = pg_catalog, pg_temp
+AS $$ SELECT pg_advisory_unlock(hashtextextended('dedup ' || run::text, 0)) $$;
+COMMENT ON FUNCTION dedup.let_go_of_run(uuid) IS 'ends what dedup.hold_run began';
 
 -- Highest ordinal of a run's targets, whoever drew it.
 CREATE FUNCTION dedup.last_ordinal(run uuid) RETURNS bigint
@@ -148,9 +153,7 @@ DECLARE
     id bigint;
 BEGIN
     PERFORM dedup.must_own(run);
-    IF NOT pg_try_advisory_xact_lock(hashtextextended('dedup ' || run::text, 0)) THEN
-        RAISE EXCEPTION 'another session is reconciling run %', run USING ERRCODE = 'object_in_use';
-    END IF;
+    PERFORM dedup.hold_run(run, true);
     IF EXISTS (SELECT FROM dedup.run_tables AS t WHERE t.run_id = run AND NOT coalesce(t.source_spec ? 'local', false)) THEN
         RAISE EXCEPTION 'run % has sources that this database does not see', run USING ERRCODE = 'feature_not_supported',
             HINT = format('pg-dedup-migrate reconcile %s compares them.', run);

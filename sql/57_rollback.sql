@@ -61,8 +61,7 @@ BEGIN
         RAISE EXCEPTION 'run % has no chunk %', run, chunk USING ERRCODE = 'undefined_object',
             HINT = 'SELECT chunk_id FROM dedup.checkpoints lists them.';
     END IF;
-    SELECT string_agg(DISTINCT o::text, ', ') INTO other FROM dedup.run_tables AS t CROSS JOIN LATERAL dedup.run_rolling_back(t.target_id) AS o
-    WHERE t.run_id = run AND o IS NOT NULL;
+    SELECT min(o::text) INTO other FROM dedup.rollbacks_in_the_way(run) AS o;
     IF other IS NOT NULL THEN
         RAISE EXCEPTION 'run % is being rolled back from the same tables', other USING ERRCODE = 'object_in_use',
             HINT = format('CALL dedup.rollback_run_in_chunks(%L) goes on with it.', other);
@@ -195,9 +194,7 @@ DECLARE
     id bigint;
     did text;
 BEGIN
-    IF NOT pg_try_advisory_xact_lock(hashtextextended('dedup ' || run::text, 0)) THEN
-        RAISE EXCEPTION 'another session is reconciling or rolling back run %', run USING ERRCODE = 'object_in_use';
-    END IF;
+    PERFORM dedup.hold_run(run, true);
     id := dedup.begin_rollback(run, chunk, force);
     LOOP
         did := (dedup.rollback_step(id)).state;
@@ -264,7 +261,7 @@ BEGIN
         COMMIT;
         EXIT WHEN did.state OPERATOR(pg_catalog.=) 'finished';
         IF did.state OPERATOR(pg_catalog.=) 'waiting' THEN
-            PERFORM pg_catalog.pg_advisory_unlock(pg_catalog.hashtextextended('dedup ' OPERATOR(pg_catalog.||) run::pg_catalog.text, 0));
+            PERFORM dedup.let_go_of_run(run);
             PERFORM dedup.rollback_stuck(id);
         END IF;
         IF pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) told OPERATOR(pg_catalog.>) '10 s'::pg_catalog.interval THEN
@@ -275,7 +272,7 @@ BEGIN
     END LOOP;
     SELECT * INTO did FROM dedup.finish_rollback(id);
     COMMIT;
-    PERFORM pg_catalog.pg_advisory_unlock(pg_catalog.hashtextextended('dedup ' OPERATOR(pg_catalog.||) run::pg_catalog.text, 0));
+    PERFORM dedup.let_go_of_run(run);
     RAISE NOTICE 'run % is %: % rows deleted, % restored, % kept for other runs, % left alone', run, did.status, did.deleted_count, did.restored_count,
         did.kept_count, did.left_alone_count;
 END $$;

@@ -387,7 +387,9 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
             format!("run {leaving} is being rolled back from {}", chunk.target_name()),
         )
         .detail("Nothing is written to a table while rows are taken out of it.")
-        .hint(format!("CALL dedup.rollback_run_in_chunks('{leaving}') goes on with a rollback that was cut off")));
+        .hint(format!(
+            "CALL dedup.rollback_run_in_chunks('{leaving}') goes on with a rollback that was cut off"
+        )));
     }
     let occupied = is_occupied(&chunk)?;
     open(chunk);

@@ -36,10 +36,8 @@ fn step(target_id: i32) -> Result<bool> {
         return Ok(false);
     }
     // A rollback has laid out the segments as it needs them.
-    if Spi::get_one_with_args::<bool>(
-        "SELECT dedup.run_rolling_back($1) IS NOT NULL",
-        &[target_id.into()],
-    )? == Some(true)
+    if Spi::get_one_with_args::<bool>("SELECT dedup.run_rolling_back($1) IS NOT NULL", &[target_id.into()])?
+        == Some(true)
     {
         return Ok(false);
     }

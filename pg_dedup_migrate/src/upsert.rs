@@ -4,12 +4,12 @@
 //! savepoint taken back takes its retractions with it.
 use std::hash::{DefaultHasher, Hash, Hasher};
 
+use pg_dedup_record::layout::Layout;
 use pgrx::Uuid;
 use pgrx::datum::DatumWithOid;
+use pgrx::pg_sys;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
-use pgrx::pg_sys;
-use pg_dedup_record::layout::Layout;
 
 use crate::chunk::{self, OpenChunk, required};
 use crate::error::{Error, Result};
@@ -282,7 +282,11 @@ fn keep_before_images(
         )?)
     };
     // What is removed takes along the columns that the run does not deliver.
-    let full_row = if action == "delete" && has_other_columns(chunk)? { "t::pg_catalog.text" } else { "NULL::pg_catalog.text" };
+    let full_row = if action == "delete" && has_other_columns(chunk)? {
+        "t::pg_catalog.text"
+    } else {
+        "NULL::pg_catalog.text"
+    };
     let _texts = ExactTexts::new();
     let query = format!("SELECT {}, {full_row} FROM {from}", column_list(&chunk.layout, "t"));
     rows::scan(&query, arguments, &chunk.layout, 1, |row| {

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Parser)]
 #[command(name = "pg-dedup-migrate", version, propagate_version = true)]
 #[command(
-    after_help = "Exit codes: 0 done; 1 error; 2 usage; 3 done, with records in quarantine; 4 mismatches, halted; 130 interrupted."
+    after_help = "Exit codes: 0 done; 1 error; 2 usage; 3 done, with records in quarantine or rows left alone; 4 mismatches, halted; 130 interrupted."
 )]
 pub struct Cli {
     /// What to do.
@@ -26,6 +26,8 @@ pub enum Command {
     Work(WorkArgs),
     /// Compare the sources of a run with its targets, record by record; a run with mismatches is halted
     Reconcile(ReconcileArgs),
+    /// Take back what a run, or one chunk of it, did to its targets
+    Rollback(RollbackArgs),
     /// Show runs, or one run: progress, books, failed chunks
     Status(StatusArgs),
     /// Check everything before anything is written, and say what to change
@@ -158,6 +160,30 @@ pub struct ReconcileArgs {
     /// Records that changed in the source since they were migrated are mismatches, too
     #[arg(long)]
     pub strict: bool,
+}
+
+/// Flags of `rollback`.
+#[derive(Debug, Args)]
+pub struct RollbackArgs {
+    /// The run: its id, a unique prefix of it, its name, or "last"
+    pub run: String,
+    #[command(flatten)]
+    pub file: FileArgs,
+    /// Target: URL or key=value string
+    #[arg(long, value_name = "URL")]
+    pub target: Option<String>,
+    /// Take back this chunk alone; it is pending then
+    #[arg(long, value_name = "CHUNK")]
+    pub chunk: Option<String>,
+    /// Overwrite rows that somebody changed since; keep rows that other runs rest on for them
+    #[arg(long)]
+    pub force: bool,
+    /// Do it without asking
+    #[arg(long, short = 'y')]
+    pub yes: bool,
+    /// Steps taken back at a time [default: 2]
+    #[arg(long, value_name = "N")]
+    pub workers: Option<u16>,
 }
 
 /// Flags of `status`.

@@ -20,7 +20,8 @@ use std::path::Path;
 use serde::Deserialize;
 
 use crate::cli::{
-    DoctorArgs, EndpointArgs, FileArgs, ReconcileArgs, RunArgs, StatusArgs, TableArgs, Verify, WorkArgs,
+    DoctorArgs, EndpointArgs, FileArgs, ReconcileArgs, RollbackArgs, RunArgs, StatusArgs, TableArgs, Verify,
+    WorkArgs,
 };
 use crate::error::{Error, Result};
 use crate::names::{self, TableName};
@@ -116,12 +117,22 @@ impl Job {
         Ok(job)
     }
 
+    /// The job of `rollback`: only the target matters.
+    pub fn of_rollback(args: &RollbackArgs) -> Result<Job> {
+        Job::on_target(&args.file, args.target.as_ref(), args.workers)
+    }
+
     /// The job of `status`: only the target matters.
     pub fn of_status(args: &StatusArgs) -> Result<Job> {
-        let mut file = FileConfig::load(&args.file)?;
-        file.target = args.target.clone().or(file.target);
+        Job::on_target(&args.file, args.target.as_ref(), None)
+    }
+
+    fn on_target(file_args: &FileArgs, target: Option<&String>, workers: Option<u16>) -> Result<Job> {
+        let mut file = FileConfig::load(file_args)?;
+        file.target = target.cloned().or(file.target);
+        file.workers = workers.or(file.workers);
         let mut job = file.into_job()?;
-        job.json = args.file.json;
+        job.json = file_args.json;
         Ok(job)
     }
 

@@ -22,6 +22,7 @@
 //! | [`heartbeat`], [`progress`], [`stop`], [`failpoint`] | beside it |
 //! | [`finish`], [`summary`], [`status`], [`doctor`] | after it, and before |
 //! | [`reconcile`], [`verdict`] | source and target compared |
+//! | [`rollback`] | a run taken back |
 #![forbid(unsafe_code)]
 
 use std::io::IsTerminal;
@@ -53,6 +54,7 @@ mod protocol;
 mod read;
 mod reconcile;
 mod resume;
+mod rollback;
 mod run;
 mod runs;
 mod select;
@@ -93,6 +95,9 @@ async fn command(command: &Command) -> Result<u8> {
         Command::Work(args) => run::work(&Job::of_work(args)?, &args.run, Stop::listen()?).await,
         Command::Reconcile(args) => {
             reconcile::reconcile(&Job::of_reconcile(args)?, &args.run, args.strict, Stop::listen()?).await
+        }
+        Command::Rollback(args) => {
+            rollback::rollback(&Job::of_rollback(args)?, &args.into(), Stop::listen()?).await
         }
         Command::Status(args) => status::status(&Job::of_status(args)?, args.run.as_deref()).await,
         Command::Doctor(args) => doctor::doctor(&Job::of_doctor(args)?).await,

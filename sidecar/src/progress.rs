@@ -28,6 +28,8 @@ pub struct Counters {
     pub quarantined: AtomicU64,
     /// Where chunks are compared: what was found wrong.
     pub mismatches: AtomicU64,
+    /// Where a run is taken back: rows that somebody changed since.
+    pub left_alone: AtomicU64,
     /// Committed chunks.
     pub chunks: AtomicU64,
 }
@@ -39,6 +41,14 @@ impl Counters {
         self.records.fetch_add(books.counts[0], Ordering::Relaxed);
         self.duplicates.fetch_add(books.counts[4], Ordering::Relaxed);
         self.quarantined.fetch_add(books.counts[5], Ordering::Relaxed);
+        self.chunks.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A step of a rollback was done. Rows take the place of bytes.
+    pub fn taken_back(&self, rows: u64, left_alone: u64) {
+        self.bytes.fetch_add(rows, Ordering::Relaxed);
+        self.records.fetch_add(rows, Ordering::Relaxed);
+        self.left_alone.fetch_add(left_alone, Ordering::Relaxed);
         self.chunks.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -59,6 +69,7 @@ impl Counters {
             duplicates: get(&self.duplicates),
             quarantined: get(&self.quarantined),
             mismatches: get(&self.mismatches),
+            left_alone: get(&self.left_alone),
             chunks: get(&self.chunks),
         }
     }
@@ -67,7 +78,7 @@ impl Counters {
 /// What the run had before this process came, and what it has in all, by the plan.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Plan {
-    /// Bytes planned.
+    /// Bytes planned; rows, where a run is taken back.
     pub total_bytes: u64,
     /// Of those, bytes of chunks that were written before.
     pub done_bytes: u64,
@@ -75,8 +86,20 @@ pub struct Plan {
     pub total_chunks: u64,
     /// Of those, written before.
     pub done_chunks: u64,
-    /// Chunks are compared, not written.
-    pub compares: bool,
+    /// What is done with the chunks.
+    pub work: Work,
+}
+
+/// What progress is about.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Work {
+    /// Chunks are written.
+    #[default]
+    Migrate,
+    /// Chunks are compared.
+    Compare,
+    /// What was written is taken back, step by step.
+    TakeBack,
 }
 
 impl Plan {
@@ -102,7 +125,7 @@ impl Plan {
             done_bytes: get(1)?,
             total_chunks: get(2)?,
             done_chunks: get(3)?,
-            compares: false,
+            work: Work::Migrate,
         })
     }
 }
@@ -116,6 +139,7 @@ struct Sample {
     duplicates: u64,
     quarantined: u64,
     mismatches: u64,
+    left_alone: u64,
     chunks: u64,
 }
 
@@ -195,16 +219,25 @@ fn line(then: &Sample, now: &Sample, plan: &Plan) -> String {
     let records_per_second = now.records.saturating_sub(then.records) as f64 / seconds;
     let left = plan.total_bytes.saturating_sub(plan.done_bytes + now.seen);
     let eta = if bytes_per_second > 0.0 { duration(left as f64 / bytes_per_second) } else { "-".into() };
-    let (told, what) = match plan.compares {
-        true => (now.mismatches, "mismatches"),
-        false => (now.duplicates, "duplicates"),
+    let done = plan.done_chunks + now.chunks;
+    if plan.work == Work::TakeBack {
+        return format!(
+            "{} rows, {} rows/s, {done}/{} steps, {} left alone, ETA {eta}",
+            HumanCount(plan.done_bytes + now.seen),
+            HumanCount(records_per_second as u64),
+            plan.total_chunks,
+            HumanCount(now.left_alone),
+        );
+    }
+    let (told, what) = match plan.work {
+        Work::Compare => (now.mismatches, "mismatches"),
+        _ => (now.duplicates, "duplicates"),
     };
     let mut line = format!(
-        "{} {:.1} MB/s {} records/s, {}/{} chunks, {} {what}, ETA {eta}",
+        "{} {:.1} MB/s {} records/s, {done}/{} chunks, {} {what}, ETA {eta}",
         HumanBytes(plan.done_bytes + now.seen),
         bytes_per_second / 1e6,
         HumanCount(records_per_second as u64),
-        plan.done_chunks + now.chunks,
         plan.total_chunks,
         HumanCount(told),
     );
@@ -249,7 +282,7 @@ mod tests {
     use super::*;
 
     fn sample(at: Instant, seen: u64, records: u64) -> Sample {
-        Sample { at, seen, records, duplicates: 7, quarantined: 0, mismatches: 3, chunks: 1 }
+        Sample { at, seen, records, duplicates: 7, quarantined: 0, mismatches: 3, left_alone: 2, chunks: 1 }
     }
 
     #[test]
@@ -257,8 +290,10 @@ mod tests {
         let then = Instant::now();
         let now = sample(then + Duration::from_secs(10), 50_000_000, 1000);
         let plan = Plan { total_bytes: 100_000_000, total_chunks: 4, done_chunks: 1, ..Plan::default() };
-        let compares = line(&sample(then, 0, 0), &now, &Plan { compares: true, ..plan });
+        let compares = line(&sample(then, 0, 0), &now, &Plan { work: Work::Compare, ..plan });
         assert!(compares.contains("2/4 chunks, 3 mismatches, ETA 10s"), "{compares}");
+        let back = line(&sample(then, 0, 0), &now, &Plan { work: Work::TakeBack, ..plan });
+        assert_eq!(back, "50,000,000 rows, 100 rows/s, 2/4 steps, 2 left alone, ETA 10s");
         let line = line(&sample(then, 0, 0), &now, &plan);
         assert!(line.contains("5.0 MB/s 100 records/s, 2/4 chunks, 7 duplicates, ETA 10s"), "{line}");
         assert_eq!(percent(&now, &plan), 50.0);

@@ -151,6 +151,12 @@ pub async fn silent_leases(session: &Session, run: Uuid) -> Result<Option<Silent
     .transpose()
 }
 
+/// A run that is being rolled back from a target of this one: nothing is leased meanwhile.
+pub async fn rollback_in_the_way(session: &Session, run: Uuid) -> Result<Option<String>> {
+    let sql = "SELECT min(o::text) FROM dedup.rollbacks_in_the_way($1::uuid) AS o";
+    call(session, "rollbacks_in_the_way", sql, &[&run]).await
+}
+
 /// Stops leasing for everybody.
 pub async fn pause_run(session: &Session, run: Uuid) -> Result<String> {
     call(session, "pause_run", "SELECT dedup.pause_run($1::uuid)", &[&run]).await

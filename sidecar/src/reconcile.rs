@@ -20,7 +20,7 @@ use crate::conn::{Endpoint, Role, Session, protocol_error};
 use crate::error::{At, Error, Kind, Policy, Result, Side};
 use crate::failpoint::{self, Failpoint};
 use crate::names::quote_literal;
-use crate::progress::{Counters, Plan, Progress};
+use crate::progress::{Counters, Plan, Progress, Work};
 use crate::protocol::GENERIC_PLANS;
 use crate::read;
 use crate::runs::{self, Run};
@@ -190,7 +190,7 @@ async fn chunks_left(admin: &Session, run: Uuid, id: i64) -> Result<(VecDeque<Ch
         done_bytes: whole.total_bytes.max(bytes) - bytes,
         total_chunks: whole.total_chunks,
         done_chunks,
-        compares: true,
+        work: Work::Compare,
     };
     Ok((chunks, plan))
 }

@@ -66,6 +66,12 @@ impl Crew {
             }
             *told = Some(Instant::now());
         }
+        if let Ok(Some(other)) = protocol::rollback_in_the_way(target, self.run).await {
+            tracing::info!(
+                "waiting for the rollback of run {other}: pg-dedup-migrate rollback {other} goes on with it if it was cut off"
+            );
+            return;
+        }
         match protocol::silent_leases(target, self.run).await {
             Ok(Some(silent)) => tracing::info!(
                 "waiting for {} chunk{} of a worker that gave no heartbeat for {:.0} s: the lease runs out in {:.0} s",

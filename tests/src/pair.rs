@@ -70,6 +70,11 @@ impl Pair {
         self.sidecar("reconcile").arg("last")
     }
 
+    /// `rollback RUN --yes`.
+    pub fn rollback(&self, run: &str) -> Invocation {
+        Invocation::new("rollback").args(&[run, "--yes", "--target", &self.target_cluster.url(DATABASE)])
+    }
+
     /// Dumps the target's database and restores it into another one of the same server, `restored`.
     pub async fn restored(&self) -> Db {
         let file = self.target_cluster.dir().join("dump");

@@ -72,7 +72,11 @@ impl Interests {
             "SELECT u.ordinal, u.rows AS entries FROM dedup.unchanged_rows AS u WHERE u.ordinal IN (SELECT o.ordinal FROM ",
             |ordinal, rows| {
                 interests.by_row.extend(
-                    rows.as_chunks::<16>().0.iter().filter(|row| pass.has_prefix(&row[..])).map(|&row| (row, ordinal)),
+                    rows.as_chunks::<16>()
+                        .0
+                        .iter()
+                        .filter(|row| pass.has_prefix(&row[..]))
+                        .map(|&row| (row, ordinal)),
                 );
                 Ok(())
             },
@@ -164,7 +168,8 @@ fn scale(rollback: &Rollback, part: &Part) -> Result<Scale> {
         ),
         &arguments,
     )?;
-    let entries = required(blocks)?.unsigned_abs() as usize * LINES_PER_BLOCK + required(unchanged)?.unsigned_abs() as usize / 16;
+    let entries = required(blocks)?.unsigned_abs() as usize * LINES_PER_BLOCK
+        + required(unchanged)?.unsigned_abs() as usize / 16;
     Ok(Scale { entries, any: entries > 0 || has_later_changes(rollback, part)? })
 }
 
@@ -527,7 +532,12 @@ mod tests {
 
     fn fates(interests: &Interests, said: &[Place], leaving: &[u64]) -> Vec<(u64, Fate)> {
         let mut told = Vec::new();
-        interests.judge(&Digest([7; 32]), said, |o| leaving.contains(&o), |p, fate| told.push((p.ordinal, fate)));
+        interests.judge(
+            &Digest([7; 32]),
+            said,
+            |o| leaving.contains(&o),
+            |p, fate| told.push((p.ordinal, fate)),
+        );
         told
     }
 

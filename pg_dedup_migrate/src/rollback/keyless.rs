@@ -32,7 +32,8 @@ pub fn undo(step: &Step) -> Result<Undone> {
     let leaving = ordinals_left(step)?;
     let snapshot = Snapshot::latest();
     let mut segments = segment::segments_of(step.target.id, &snapshot)?;
-    segments.retain(|s| s.first_ordinal == s.last_ordinal && leaving.contains(&s.last_ordinal.cast_unsigned()));
+    segments
+        .retain(|s| s.first_ordinal == s.last_ordinal && leaving.contains(&s.last_ordinal.cast_unsigned()));
     let blocks = Table::open("segment_block", Access::Read)?;
     let mut reader = BlockReader::new(&blocks, &snapshot)?;
     let entries: usize = segments.iter().map(|s| s.blocks as usize * 200).sum();
@@ -56,6 +57,7 @@ pub fn undo(step: &Step) -> Result<Undone> {
         for ((content, _), count) in written {
             alone.extend((0..count).map(|_| Alone {
                 key: Vec::new(),
+                image: Vec::new(),
                 written: Some(Digest(content)),
                 stands: None,
                 reason: Reason::Gone,

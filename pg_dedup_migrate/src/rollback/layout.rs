@@ -68,7 +68,9 @@ fn take_apart(
                         continue;
                     }
                     &mut stay
-                } else if some.binary_search(&place.ordinal).is_ok() && !is_handed_over(place, said, handed_over) {
+                } else if some.binary_search(&place.ordinal).is_ok()
+                    && !is_handed_over(place, said, handed_over)
+                {
                     match leave.entry(place.ordinal) {
                         std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
                         std::collections::hash_map::Entry::Vacant(new) => new.insert(writer(0)?),
@@ -90,7 +92,9 @@ fn take_apart(
 
 /// Whether an entry was handed over: of the entries of its content and key the last one was.
 fn is_handed_over(place: &Place, said: &[Place], handed_over: &HandedOver) -> bool {
-    if place.tombstone || !said.iter().any(|p| p.key == place.key && handed_over.ordinals.contains(&p.ordinal)) {
+    if place.tombstone
+        || !said.iter().any(|p| p.key == place.key && handed_over.ordinals.contains(&p.ordinal))
+    {
         return false;
     }
     !said.iter().any(|p| {

@@ -6,7 +6,7 @@ use pg_dedup_record::record::RecordDigests;
 use pgrx::prelude::*;
 
 use super::dependents::{of_runs, owners};
-use super::undo::{Done, Plan, Step, pending};
+use super::undo::{Done, Plan, Step, Written, pending};
 use crate::by_key::{Reading, rows_under};
 use crate::chunk::required;
 use crate::error::{Error, Result};
@@ -39,6 +39,8 @@ impl Reason {
 pub struct Alone {
     /// Its key; empty in a table without one.
     pub key: Vec<u8>,
+    /// The key that its before image, if there is one, is kept under.
+    pub image: Vec<u8>,
     /// The content that was written; `None`: its row was removed.
     pub written: Option<Digest>,
     /// What stands there now.
@@ -73,8 +75,14 @@ struct Next {
 /// # Errors
 /// 55006 when another run changed a row and the rollback is not forced.
 pub fn look<'a>(step: &Step, done: &'a Done) -> Result<Option<(Plan<'a>, Findings)>> {
-    let keys: Vec<&[u8]> =
-        done.written.iter().map(|w| w.key.as_slice()).chain(done.removed.iter().map(Vec::as_slice)).collect();
+    let keys: Vec<&[u8]> = done
+        .written
+        .iter()
+        .map(|written| &written.key)
+        .chain(&done.removed)
+        .chain(&done.unknown)
+        .map(Vec::as_slice)
+        .collect();
     let mut found: Vec<Option<Row>> = keys.iter().map(|_| None).collect();
     let Target { table, layout, key_types, .. } = &step.target;
     rows_under(Reading::Locked, *table, layout, key_types, &keys, |n, row| {
@@ -121,47 +129,48 @@ pub fn look<'a>(step: &Step, done: &'a Done) -> Result<Option<(Plan<'a>, Finding
         let next = next.get(key).filter(|_| doubtful.contains(&n));
         let owner = row.and_then(|row| owner_of.get(row.key.as_slice())).copied();
         let Some(written) = done.written.get(n) else {
-            // The finish removed a row.
-            match row {
-                None => plan.insert.push(key),
-                Some(_) if next.is_none() && owner.is_some_and(|owner| others.contains(&owner)) => {
-                    let owner = owner.unwrap_or_default();
+            // The finish removed a row, or replaced one by what the index does not know.
+            let removed = n < done.written.len() + done.removed.len();
+            let alone = |reason| Alone {
+                key: key.to_vec(),
+                image: key.to_vec(),
+                written: None,
+                stands: row.map(|row| row.digests),
+                reason,
+            };
+            match (row, owner.filter(|owner| others.contains(owner))) {
+                (Some(_), Some(owner)) if next.is_none() => {
                     refuse_theirs(step)?;
                     findings.tombstones.push(give_image(step, key, owner)?);
                 }
-                Some(_) if step.forced => plan.update.push(key),
-                Some(row) => findings.alone.push(Alone {
-                    key: key.to_vec(),
-                    written: None,
-                    stands: Some(row.digests),
-                    reason: Reason::Occupied,
-                }),
+                (None, _) if removed || step.forced => plan.insert.push(key),
+                (Some(_), _) if step.forced => plan.update.push(key),
+                (Some(_), _) if removed => findings.alone.push(alone(Reason::Occupied)),
+                (Some(_), _) => findings.alone.push(alone(Reason::Changed)),
+                (None, _) => findings.alone.push(alone(Reason::Gone)),
             }
             continue;
         };
-        if let Some(next) = next.filter(|next| others.contains(&next.ordinal) && next.content == written.content) {
+        if let Some(next) =
+            next.filter(|next| others.contains(&next.ordinal) && next.content == written.content)
+        {
             refuse_theirs(step)?;
-            findings.tombstones.extend(pass_on(step, key, written.replaced, next.ordinal)?);
+            findings.tombstones.extend(pass_on(step, written, next.ordinal)?);
             continue;
         }
-        match row {
-            Some(_) if is_written(n) || step.forced => match written.replaced {
-                true => plan.update.push(key),
-                false => plan.delete.push((key, None)),
-            },
-            Some(row) => findings.alone.push(Alone {
-                key: key.to_vec(),
-                written: Some(written.content),
-                stands: Some(row.digests),
-                reason: Reason::Changed,
-            }),
-            None if step.forced && written.replaced => plan.insert.push(key),
-            None => findings.alone.push(Alone {
-                key: key.to_vec(),
-                written: Some(written.content),
-                stands: None,
-                reason: Reason::Gone,
-            }),
+        let alone = |reason| Alone {
+            key: key.to_vec(),
+            image: written.replaced.clone().unwrap_or_default(),
+            written: Some(written.content),
+            stands: row.map(|row| row.digests),
+            reason,
+        };
+        match (row, &written.replaced) {
+            (Some(_), Some(image)) if is_written(n) || step.forced => plan.update.push(image),
+            (Some(_), None) if is_written(n) || step.forced => plan.delete.push((key, None)),
+            (None, Some(image)) if step.forced => plan.insert.push(image),
+            (Some(_), _) => findings.alone.push(alone(Reason::Changed)),
+            (None, _) => findings.alone.push(alone(Reason::Gone)),
         }
     }
     Ok(Some((plan, findings)))
@@ -196,7 +205,10 @@ fn next_changes(step: &Step, keys: &[&[u8]]) -> Result<BTreeMap<Vec<u8>, Next>> 
             )?
             .map(|row| {
                 let ordinal: i64 = required(row["ordinal"].value()?)?;
-                let next = Next { ordinal: ordinal.cast_unsigned(), content: content_hash(row["content_hash"].value()?)? };
+                let next = Next {
+                    ordinal: ordinal.cast_unsigned(),
+                    content: content_hash(row["content_hash"].value()?)?,
+                };
                 Ok((required(row["key"].value()?)?, next))
             })
             .collect()
@@ -209,21 +221,21 @@ fn content_hash(bytes: Option<Vec<u8>>) -> Result<Digest> {
 }
 
 /// Another run changed the row afterwards: what it found there is what stood there before the finish. Returns what it took away then.
-fn pass_on(step: &Step, key: &[u8], replaced: bool, next: u64) -> Result<Option<(Digest, u64, Vec<u8>)>> {
-    let (ordinal, next_ordinal) = (step.ordinal.cast_signed(), next.cast_signed());
-    if !replaced {
+fn pass_on(step: &Step, written: &Written, next: u64) -> Result<Option<(Digest, u64, Vec<u8>)>> {
+    let (key, next_ordinal) = (written.key.clone(), next.cast_signed());
+    let Some(image) = &written.replaced else {
         Spi::run_with_args(
             "DELETE FROM dedup.before_images WHERE ordinal = $1 AND key = $2",
-            &[next_ordinal.into(), key.to_vec().into()],
+            &[next_ordinal.into(), key.into()],
         )?;
         return Ok(None);
-    }
+    };
     let before = Spi::get_one_with_args::<Vec<u8>>(
-        "UPDATE dedup.before_images AS n SET image = b.image, content_hash = b.content_hash, full_row = b.full_row \
-         FROM dedup.before_images AS b WHERE n.ordinal = $1 AND n.key = $2 AND b.ordinal = $3 AND b.key = $2 RETURNING n.content_hash",
-        &[next_ordinal.into(), key.to_vec().into(), ordinal.into()],
+        "UPDATE dedup.before_images AS n SET key = b.key, image = b.image, content_hash = b.content_hash, full_row = b.full_row \
+         FROM dedup.before_images AS b WHERE n.ordinal = $1 AND n.key = $2 AND b.ordinal = $3 AND b.key = $4 RETURNING n.content_hash",
+        &[next_ordinal.into(), key.into(), step.ordinal.cast_signed().into(), image.clone().into()],
     )?;
-    Ok(Some((content_hash(before)?, next, key.to_vec())))
+    Ok(Some((content_hash(before)?, next, image.clone())))
 }
 
 /// Another run wrote a row where the finish had removed one: it replaced what stood there before. Returns what it took away then.

@@ -41,7 +41,8 @@ pub fn refuse(rollback: &Rollback, parts: &[Part]) -> Result<()> {
             Ok(())
         })?;
         for (n, reference) in references.iter().enumerate() {
-            let keys: Vec<&str> = found.iter().filter(|(m, _)| *m == n).map(|(_, key)| key.as_str()).collect();
+            let keys: Vec<&str> =
+                found.iter().filter(|(m, _)| *m == n).map(|(_, key)| key.as_str()).collect();
             if !keys.is_empty() {
                 let more = if keys.len() > NAMED { ", …" } else { "" };
                 complaints.push(format!(
@@ -96,12 +97,7 @@ fn for_each_batch(
 }
 
 /// Those of the keys whose rows are pointed at by rows that stay as they are.
-fn pointed_at(
-    part: &Part,
-    reference: &Reference,
-    parts: &[Part],
-    keys: &[Vec<u8>],
-) -> Result<Vec<Vec<u8>>> {
+fn pointed_at(part: &Part, reference: &Reference, parts: &[Part], keys: &[Vec<u8>]) -> Result<Vec<Vec<u8>>> {
     let keys: Vec<&[u8]> = keys.iter().map(Vec::as_slice).collect();
     if keys.is_empty() {
         return Ok(Vec::new());

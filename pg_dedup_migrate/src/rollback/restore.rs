@@ -167,7 +167,10 @@ fn unlike(step: &Step, detail: String) -> Error {
 /// Every row that came back is read again: it is what the image says, byte for byte.
 fn read_back(step: &Step, batch: &Batch) -> Result<()> {
     let Target { table, layout, key_types, .. } = &step.target;
-    let keys = (0..batch.len()).map(|i| batch.key(i)).collect::<std::result::Result<Vec<_>, _>>().map_err(unreadable)?;
+    let keys = (0..batch.len())
+        .map(|i| batch.key(i))
+        .collect::<std::result::Result<Vec<_>, _>>()
+        .map_err(unreadable)?;
     let keys: Vec<&[u8]> = keys.iter().map(Vec::as_slice).collect();
     let mut same = 0;
     rows_under(Reading::Latest, *table, layout, key_types, &keys, |n, row| {

@@ -1,5 +1,5 @@
 //! One finish is taken back.
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use pg_dedup_record::block::{Entry, Stamp};
 use pg_dedup_record::digest::Digest;
@@ -107,8 +107,8 @@ pub struct Written {
     pub content: Digest,
     /// The beginning of its row digest.
     pub row_digest: [u8; Digest::SHORT_LEN],
-    /// It had a row before, of which there is an image.
-    pub replaced: bool,
+    /// It replaced a row, of which there is an image under this key: other bytes may mean the same (1.0 and 1.00).
+    pub replaced: Option<Vec<u8>>,
 }
 
 /// What the finish did.
@@ -117,40 +117,70 @@ pub struct Done {
     pub written: Vec<Written>,
     /// Keys of the rows removed.
     pub removed: Vec<Vec<u8>>,
+    /// Keys of the rows replaced of which the index does not know by what.
+    pub unknown: Vec<Vec<u8>>,
 }
 
 impl Done {
     fn load(step: &Step, segments: &[Segment], snapshot: &Snapshot) -> Result<Self> {
-        let images: HashMap<Vec<u8>, bool> = Spi::connect(|client| -> Result<_> {
+        let images: Vec<(Vec<u8>, bool)> = Spi::connect(|client| -> Result<_> {
             client
                 .select(
-                    "SELECT key, action = 'update' AS replaced FROM dedup.before_images WHERE ordinal = $1",
+                    "SELECT key, action = 'delete' AS removed FROM dedup.before_images WHERE ordinal = $1 ORDER BY key",
                     None,
                     &[step.ordinal.cast_signed().into()],
                 )?
-                .map(|row| Ok((required(row["key"].value()?)?, required(row["replaced"].value()?)?)))
+                .map(|row| Ok((required(row["key"].value()?)?, required(row["removed"].value()?)?)))
                 .collect()
         })?;
+        let (removed, replaced): (Vec<_>, Vec<_>) = images.into_iter().partition(|(_, removed)| *removed);
+        let bare = |images: Vec<(Vec<u8>, bool)>| images.into_iter().map(|(key, _)| key).collect::<Vec<_>>();
         let blocks = Table::open("segment_block", Access::Read)?;
         let mut reader = BlockReader::new(&blocks, snapshot)?;
-        let mut written = Vec::new();
+        let mut done = Self { written: Vec::new(), removed: bare(removed), unknown: Vec::new() };
         for segment in segments {
             segment::for_each_entry(&mut reader, segment.id, |entry| {
                 if !entry.stamp.tombstone {
-                    written.push(Written {
+                    done.written.push(Written {
                         key: entry.key.to_vec(),
                         content: entry.digest,
                         row_digest: entry.row_digest,
-                        replaced: images.get(entry.key) == Some(&true),
+                        replaced: None,
                     });
                 }
                 Ok(())
             })?;
         }
         // Rows that were written together lie together.
-        written.sort_unstable_by(|a, b| a.key.cmp(&b.key));
-        let removed = images.into_iter().filter(|(_, replaced)| !replaced).map(|(key, _)| key).collect();
-        Ok(Self { written, removed })
+        done.written.sort_unstable_by(|a, b| a.key.cmp(&b.key));
+        for key in bare(replaced) {
+            match done.written.binary_search_by(|w| w.key.cmp(&key)) {
+                Ok(at) => done.written[at].replaced = Some(key),
+                Err(_) => done.unknown.push(key),
+            }
+        }
+        done.match_spellings(step)?;
+        Ok(done)
+    }
+
+    /// Rows whose key was written in other bytes than it had are found by their rows.
+    fn match_spellings(&mut self, step: &Step) -> Result<()> {
+        let Target { table, layout, key_types, .. } = &step.target;
+        let keys: Vec<&[u8]> = self.unknown.iter().map(Vec::as_slice).collect();
+        let mut found: Vec<(usize, usize)> = Vec::new();
+        rows_under(Reading::Latest, *table, layout, key_types, &keys, |n, row| {
+            let mut key = Vec::new();
+            row.write_key(&mut key)?;
+            if let Ok(at) = self.written.binary_search_by(|w| w.key.cmp(&key)) {
+                found.push((n, at));
+            }
+            Ok(())
+        })?;
+        found.sort_unstable_by_key(|&(n, _)| std::cmp::Reverse(n));
+        for (n, at) in found {
+            self.written[at].replaced = Some(self.unknown.swap_remove(n));
+        }
+        Ok(())
     }
 }
 
@@ -198,11 +228,12 @@ fn trusting<'a>(step: &Step, done: &'a Done) -> Result<Plan<'a>> {
     let mut plan = Plan::default();
     let mut replaced: Vec<&Written> = Vec::new();
     for row in &done.written {
-        if row.replaced {
-            replaced.push(row);
-            plan.update.push(&row.key);
-        } else {
-            plan.delete.push((&row.key, Some(row)));
+        match &row.replaced {
+            Some(image) => {
+                replaced.push(row);
+                plan.update.push(image);
+            }
+            None => plan.delete.push((&row.key, Some(row))),
         }
     }
     let mut same = 0;
@@ -216,7 +247,11 @@ fn trusting<'a>(step: &Step, done: &'a Done) -> Result<Plan<'a>> {
         occupied = true;
         Ok(())
     })?;
-    if same != replaced.len() || occupied { Err(not_as_written(step)) } else { Ok(plan) }
+    if same == replaced.len() && !occupied && done.unknown.is_empty() {
+        Ok(plan)
+    } else {
+        Err(not_as_written(step))
+    }
 }
 
 fn delete(step: &Step, rows: &[(&[u8], Option<&Written>)]) -> Result<i64> {
@@ -250,8 +285,12 @@ fn delete(step: &Step, rows: &[(&[u8], Option<&Written>)]) -> Result<i64> {
         return Err(if rows.iter().any(|(_, unchecked)| unchecked.is_some()) {
             not_as_written(step)
         } else {
-            Error::state(format!("{deleted} of {} rows of {} could be deleted", rows.len(), qualified_name(*table)))
-                .hint("look for a trigger, rule or policy that hides or keeps rows of the target")
+            Error::state(format!(
+                "{deleted} of {} rows of {} could be deleted",
+                rows.len(),
+                qualified_name(*table)
+            ))
+            .hint("look for a trigger, rule or policy that hides or keeps rows of the target")
         });
     }
     Ok(deleted.cast_signed())
@@ -263,7 +302,7 @@ fn forget(step: &Step, segments: &[Segment], findings: &Findings) -> Result<()> 
     dependents::write_tombstones(step.target.id, findings.tombstones.clone())?;
     index_alone(step, &findings.alone)?;
     let ordinal = step.ordinal.cast_signed();
-    let kept: Vec<Vec<u8>> = findings.alone.iter().map(|alone| alone.key.clone()).collect();
+    let kept: Vec<Vec<u8>> = findings.alone.iter().map(|alone| alone.image.clone()).collect();
     // Whoever mends a row by hand still finds what it was.
     Spi::run_with_args(
         "DELETE FROM dedup.before_images WHERE ordinal = $1 AND key <> ALL ($2)",
@@ -338,7 +377,11 @@ pub fn report(step: &Step, alone: &[Alone]) -> Result<()> {
             step.target.id.into(),
             step.ordinal.cast_signed().into(),
             texts.into(),
-            alone.iter().map(|a| Some(a.key.clone()).filter(|key| !key.is_empty())).collect::<Vec<_>>().into(),
+            alone
+                .iter()
+                .map(|a| Some(a.key.clone()).filter(|key| !key.is_empty()))
+                .collect::<Vec<_>>()
+                .into(),
             alone.iter().map(|a| a.written.map(|digest| digest.0.to_vec())).collect::<Vec<_>>().into(),
             alone.iter().map(|a| a.reason.name().to_owned()).collect::<Vec<_>>().into(),
         ],
