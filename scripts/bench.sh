@@ -122,6 +122,13 @@ check() {
         die "$side, $shape: $rows rows where $expected were expected, $missing contents missing, $extra too many"
 }
 
+# Nothing of a run that was rolled back is left, in the table or in the index.
+check_empty() {
+    local left
+    left=$(cluster_psql target -d bench -At -c "SELECT (SELECT count(*) FROM $1) + (SELECT count(*) FROM dedup.segment) + (SELECT count(*) FROM dedup.ledger_block)")
+    [ "$left" = 0 ] || die "$1: $left rows are left after the rollback"
+}
+
 bench_shape() {
     local shape=$1 sides=SIDES_$1 round side
     # The first COPY into a new cluster makes WAL files that later ones find: nobody's time.
@@ -134,7 +141,11 @@ bench_shape() {
             measure "$shape.$side" side_run "$side" "$shape"
             if [ "$side" = dedup ]; then after_dedup "$shape"; fi
             check "$side" "$shape"
-            [ "$side" != dedup ] || measure "$shape.reconcile" side_reconcile "$shape"
+            if [ "$side" = dedup ]; then
+                measure "$shape.reconcile" side_reconcile "$shape"
+                measure "$shape.rollback" side_rollback
+                check_empty "$shape"
+            fi
         done
     done
 }

@@ -26,9 +26,10 @@ BEGIN
         WHERE b.run_id = run AND (chunk IS NULL OR b.chunk_id = chunk) GROUP BY 1
     )
     SELECT g.target, w.inserted, coalesce(k.images, 0),
-        -- A record a row deleted, two a row restored, the row's pages once after a checkpoint, the index entries written once more at most.
-        w.inserted * 130 + coalesce(k.images, 0) * 200 + coalesce(k.bytes, 0) * 2
-            + least(pg_table_size(g.target), (w.inserted + coalesce(k.images, 0)) * current_setting('block_size')::bigint),
+        -- A record a row deleted, several a row restored, the rows' pages once after a checkpoint, merged index entries once more.
+        w.inserted * 60 + coalesce(k.images, 0) * 200 + coalesce(k.bytes, 0) * 2
+            + least(pg_table_size(g.target), (w.inserted + coalesce(k.images, 0)) * current_setting('block_size')::bigint)
+            + (SELECT coalesce(sum(s.blocks), 0) * current_setting('block_size')::bigint FROM dedup.segment AS s WHERE s.target_id = w.target_id AND s.level > 0)::bigint,
         -- As fast as they were written.
         make_interval(secs => CASE WHEN w.records > 0 THEN w.seconds * (w.inserted + coalesce(k.images, 0)) / w.records ELSE 0 END)
     FROM written AS w JOIN dedup.targets AS g USING (target_id) LEFT JOIN kept AS k USING (target_id) ORDER BY 1;

@@ -55,6 +55,7 @@ report_targets() {
     target "narrow, against staging and ON CONFLICT" '%.1f × faster' "$(quotient "$(median narrow.staging.seconds)" "$dedup")" '>=' 4 "at least 4 × faster"
     target "wide, against two COPY pipes" '%.2f ×' "$(quotient "$wide" "$(median wide.copy.seconds)")" '<=' 1.2 "at most 1.2 × their time"
     target "narrow, full reconciliation against the migration" '%.2f ×' "$(quotient "$(median narrow.reconcile.seconds)" "$dedup")" '<=' 0.6 "at most 0.6 × its time"
+    target "narrow, rollback in steps against the migration" '%.2f ×' "$(quotient "$(median narrow.rollback.seconds)" "$dedup")" '<=' 1 "at most 1 × its time"
     target "hash index on disk" '%.1f bytes a key' "$(median index.bytes)" '<=' 56 "at most 56 bytes a key"
     target "claim, nothing seen before" '%.3f µs a digest' "$(median claim_new)" '<=' 0.25 "at most 0.25 µs"
     target "claim, a quarter looked up among $(results claim.keys) keys in $(results claim.segments) segments" '%.3f µs a digest' \
@@ -95,7 +96,8 @@ $(report_targets)
 $(report_sides narrow)
 
 The first side and the last write each content once, the others every row; only the first reads back what it wrote.
-A full reconciliation of the first side took $(number %.2f "$(median narrow.reconcile.seconds)") s ($(all_of narrow.reconcile.seconds %.2f)).
+A full reconciliation of the first side took $(number %.2f "$(median narrow.reconcile.seconds)") s ($(all_of narrow.reconcile.seconds %.2f)),
+taking it back in steps, after that, $(number %.2f "$(median narrow.rollback.seconds)") s ($(all_of narrow.rollback.seconds %.2f)).
 Where the time of its chunks went, seconds of both workers added up, in the last round:
 
 $(report_phases narrow)
@@ -104,7 +106,8 @@ $(report_phases narrow)
 
 $(report_sides wide)
 
-A full reconciliation took $(number %.2f "$(median wide.reconcile.seconds)") s ($(all_of wide.reconcile.seconds %.2f)).
+A full reconciliation took $(number %.2f "$(median wide.reconcile.seconds)") s ($(all_of wide.reconcile.seconds %.2f)), a rollback
+$(number %.2f "$(median wide.rollback.seconds)") s ($(all_of wide.rollback.seconds %.2f)).
 
 ## How the rest was measured
 

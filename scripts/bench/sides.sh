@@ -61,6 +61,11 @@ side_reconcile() {
     "$SIDECAR" reconcile last --source "$(cluster_url source "$1")" --target "$(cluster_url target bench)" --workers 2
 }
 
+# What side_dedup did is taken back.
+side_rollback() {
+    "$SIDECAR" rollback last --yes --target "$(cluster_url target bench)" --workers 2
+}
+
 side_pgcopydb() {
     PATH=$CLUSTER_BIN:$PATH pgcopydb clone --source "$(cluster_url source "$1")" --target "$(cluster_url target bench)" \
         --dir "$BENCH_DIR/pgcopydb" --table-jobs 2 --index-jobs 2 --split-tables-larger-than 100MB --no-owner --no-acl

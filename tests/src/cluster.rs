@@ -248,6 +248,21 @@ impl Cluster {
         owner_output(&command)
     }
 
+    /// As [`Cluster::program`], with this on its standard input.
+    pub fn program_fed(&self, name: &str, arguments: &[&str], input: &str) -> String {
+        let file = self.write_secret("input", input);
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", "input=$1; shift; exec \"$@\" <\"$input\"", "sh"])
+            .arg(file)
+            .arg(INSTALLATION.bindir.join(name))
+            .arg("-h")
+            .arg(&self.dir)
+            .args(["-p", &self.port.to_string(), "-U", SUPERUSER])
+            .args(arguments);
+        owner_output(&command)
+    }
+
     /// A folder below the cluster's that both the server and [`Cluster::program`] can write to.
     pub fn dir(&self) -> &Path {
         &self.dir

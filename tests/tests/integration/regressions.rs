@@ -492,4 +492,10 @@ async fn the_documented_grants_are_enough() {
     reconcile.exits(exit::DONE).await;
     pair.target.exec("DELETE FROM x.orders WHERE id = 1").await;
     reconcile.exits(exit::HALTED).await;
+    let target = url(&pair.target_cluster, "loader");
+    let rollback = |run: &str| Invocation::new("rollback").args(&[run, "--yes", "--target", &target]);
+    rollback("again").exits(exit::DONE).await;
+    rollback("at the end").exits(exit::DONE).await;
+    rollback("at once").exits(exit::LEFT_ASIDE).await;
+    assert_eq!(pair.target.one::<i64>("SELECT count(*) FROM x.orders").await, 0);
 }

@@ -686,3 +686,36 @@ async fn what_is_restored_is_read_back() {
     db.exec(&format!("SELECT dedup.rollback_run('{run}')")).await;
     assert_eq!(rows(db, "public.notes").await, before);
 }
+
+/// The script that is shipped, as psql runs it: it shows, asks, and does what was answered.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_script_of_a_dba() {
+    const SCRIPT: &str = include_str!("../../../sql/rollback.sql");
+    for in_steps in [false, true] {
+        let pair = migrated().await;
+        let db = &pair.target;
+        let run = runs(db).await.remove(0);
+        let written: i64 = db.one("SELECT count(*) FROM public.records").await;
+        if in_steps {
+            db.exec("CREATE OR REPLACE FUNCTION dedup.rollback_limit() RETURNS bigint LANGUAGE sql IMMUTABLE AS 'SELECT 100::bigint'").await;
+        }
+        let file = pair.target_cluster.write_secret("rollback.sql", SCRIPT).display().to_string();
+        let variable = format!("run={run}");
+        let arguments = ["-X", "-At", "-F", " ", "-d", "it", "-v", &variable, "-f", &file];
+        let output = pair.target_cluster.program_fed("psql", &arguments, "no\n");
+        assert!(
+            output.contains(&format!("public.records {written} 0 "))
+                || output.contains(&format!("records {written} 0 ")),
+            "{output}"
+        );
+        assert!(output.contains("Nothing was changed."), "{output}");
+        assert_exact(&pair.source, db, &RECORDS).await;
+        db.exec("UPDATE public.records SET label = 'app' WHERE id = (SELECT min(id) FROM public.records)")
+            .await;
+        let output = pair.target_cluster.program_fed("psql", &arguments, "yes\n");
+        assert_eq!(output.contains("one transaction: all of it"), !in_steps, "{output}");
+        assert!(output.contains(" changed 1:000001"), "{output}");
+        assert_eq!(status(db, &run).await, "rolled_back");
+        assert_eq!(db.column("SELECT label FROM public.records").await, ["app"]);
+    }
+}
