@@ -85,7 +85,7 @@ DECLARE
 BEGIN
     IF r.status = 'created' THEN
         PERFORM dedup.set_run_status(run, '{created,running}', 'running', 'run_started');
-    ELSIF r.status <> 'running' THEN
+    ELSIF r.status NOT IN ('running', 'halted') THEN
         RETURN;
     END IF;
     PERFORM dedup.end_stale_leases(run);
@@ -94,7 +94,7 @@ BEGIN
         WHERE (SELECT true FROM dedup.checkpoints AS parent WHERE parent.run_id = run AND parent.table_id = p.id
                AND parent.status IN ('pending', 'syncing') AND parent.written_at IS NULL LIMIT 1)));
     SELECT c.* INTO picked FROM dedup.checkpoints AS c
-    WHERE c.run_id = run AND c.status = 'pending' AND c.table_id = ANY (ready) AND (c.not_before IS NULL OR c.not_before <= clock_timestamp())
+    WHERE c.run_id = run AND c.status = 'pending' AND c.table_id = ANY (ready) AND (r.status <> 'halted' OR c.repair IS NOT NULL) AND (c.not_before IS NULL OR c.not_before <= clock_timestamp())
     ORDER BY c.chunk_no FOR UPDATE OF c SKIP LOCKED LIMIT 1;
     IF NOT FOUND THEN
         RETURN;

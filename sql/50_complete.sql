@@ -139,7 +139,7 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     n int;
 BEGIN
-    IF (dedup.run_row(run)).status NOT IN ('created', 'running', 'paused', 'failed') THEN
+    IF (dedup.run_row(run)).status NOT IN ('created', 'running', 'paused', 'failed', 'halted') THEN
         RAISE EXCEPTION 'run % is %', run, (dedup.run_row(run)).status USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
     UPDATE dedup.checkpoints AS c SET status = 'pending', attempts = 0, not_before = NULL, lease = NULL

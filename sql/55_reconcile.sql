@@ -30,7 +30,7 @@ $$;
 COMMENT ON FUNCTION dedup.last_ordinal(uuid) IS 'highest ordinal of a run''s targets: it grows with everything that is written there';
 
 -- Takes up a pass that was cut off, unless something was written since.
-CREATE FUNCTION dedup.begin_reconcile(run uuid, strict bool DEFAULT false) RETURNS bigint
+CREATE FUNCTION dedup.begin_reconcile(run uuid, strict bool DEFAULT false, repaired bool DEFAULT false) RETURNS bigint
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     r dedup.runs := dedup.lock_run(run);
@@ -59,13 +59,24 @@ BEGIN
     IF id IS NULL THEN
         INSERT INTO dedup.reconciliations AS c (run_id, is_strict, last_ordinal)
         VALUES (run, begin_reconcile.strict, last) RETURNING c.reconciliation_id INTO id;
+        IF repaired THEN
+            -- Chunks that were found right and not touched since: dedup.recheck_chunks compares their rows with what they were then.
+            INSERT INTO dedup.reconciled_chunks
+            SELECT copy.*
+            FROM dedup.reconciled_chunks AS k JOIN dedup.reconciliations AS x USING (reconciliation_id)
+                JOIN dedup.checkpoints AS c ON c.run_id = x.run_id AND c.chunk_id = k.chunk_id
+                CROSS JOIN LATERAL jsonb_populate_record(k, jsonb_build_object('reconciliation_id', id)) AS copy
+            WHERE x.reconciliation_id = (SELECT max(y.reconciliation_id) FROM dedup.reconciliations AS y WHERE y.run_id = run AND y.verdict = 'mismatch')
+                AND x.is_strict >= begin_reconcile.strict AND c.ordinal <= x.last_ordinal AND k.row_checksum IS NOT NULL
+                AND k.missing_count + k.changed_count + k.extra_count + k.surviving_duplicate_count + k.foreign_count + k.source_changed_count = 0;
+        END IF;
         PERFORM dedup.log_event(run, NULL, 'reconcile_started', jsonb_build_object('reconciliation_id', id, 'strict', strict));
     ELSE
         PERFORM dedup.log_event(run, NULL, 'reconcile_resumed', jsonb_build_object('reconciliation_id', id));
     END IF;
     RETURN id;
 END $$;
-COMMENT ON FUNCTION dedup.begin_reconcile(uuid, bool) IS 'begins a pass over a run whose chunks are all verified, or takes up one that was cut off; returns its number';
+COMMENT ON FUNCTION dedup.begin_reconcile(uuid, bool, bool) IS 'begins a pass over a run whose chunks are all verified, or takes up one that was cut off; repaired: chunks that the pass before found right, and nobody touched since, need not be read from the source again; returns its number';
 
 -- Chunks that a pass has still to compare.
 CREATE FUNCTION dedup.chunks_to_reconcile(reconciliation bigint, OUT chunk_id text, OUT table_id int, OUT range_kind text, OUT range_lower text[],
@@ -118,8 +129,10 @@ BEGIN
         (SELECT string_agg(t.target_snapshot, ' ' ORDER BY t.last) FROM (SELECT u.target_snapshot, max(u.compared_at) AS last FROM dedup.reconciled_chunks AS u
             WHERE u.reconciliation_id = reconciliation GROUP BY 1) AS t)
     INTO mismatches, told, seen_under FROM dedup.reconciled_chunks AS k WHERE k.reconciliation_id = reconciliation;
-    UPDATE dedup.reconciled_chunks AS k SET seen = NULL, dropped = NULL, sought = NULL
-    WHERE k.reconciliation_id = reconciliation AND (k.seen IS NOT NULL OR k.dropped IS NOT NULL OR k.sought IS NOT NULL);
+    -- After a repair the next pass goes on from what this one found of chunks that are right.
+    UPDATE dedup.reconciled_chunks AS k SET seen = NULL, dropped = NULL, sought = NULL FROM dedup.reconciliations AS x
+    WHERE x.run_id = p.run_id AND k.reconciliation_id = x.reconciliation_id AND (x.reconciliation_id < reconciliation OR mismatches = 0)
+        AND (k.seen IS NOT NULL OR k.dropped IS NOT NULL OR k.sought IS NOT NULL);
     IF mismatches > 0 THEN
         result := 'mismatch';
         -- The run first: a mismatch can only be entered for a run that is held.
@@ -147,7 +160,16 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION dedup.close_reconcile(bigint) IS 'gives the verdict of a pass whose chunks are all compared: clean, and the run is reconciled; mismatch, and it is halted; abandoned, if the run went on meanwhile';
 
-CREATE FUNCTION dedup.reconcile(run uuid, strict bool DEFAULT false) RETURNS SETOF dedup.reconciled_chunks
+-- What the last verdict over a run was about.
+CREATE FUNCTION dedup.open_mismatches(run uuid) RETURNS bigint
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT coalesce(sum(k.missing_count + k.changed_count + k.extra_count + k.surviving_duplicate_count + CASE WHEN p.is_strict THEN k.source_changed_count ELSE 0 END), 0)::bigint
+    FROM dedup.reconciliations AS p JOIN dedup.reconciled_chunks AS k USING (reconciliation_id)
+    WHERE p.reconciliation_id = (SELECT max(x.reconciliation_id) FROM dedup.reconciliations AS x WHERE x.run_id = run AND x.verdict IN ('clean', 'mismatch'))
+$$;
+COMMENT ON FUNCTION dedup.open_mismatches(uuid) IS 'mismatches that the last pass over a run found';
+
+CREATE FUNCTION dedup.reconcile(run uuid, strict bool DEFAULT false, repaired bool DEFAULT false) RETURNS SETOF dedup.reconciled_chunks
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     id bigint;
@@ -158,7 +180,7 @@ BEGIN
         RAISE EXCEPTION 'run % has sources that this database does not see', run USING ERRCODE = 'feature_not_supported',
             HINT = format('pg-dedup-migrate reconcile %s compares them.', run);
     END IF;
-    id := dedup.begin_reconcile(run, strict);
+    id := dedup.begin_reconcile(run, strict, repaired);
     -- One statement: every chunk is compared under one snapshot.
     PERFORM dedup.recheck_chunks(id);
     PERFORM dedup.reconcile_local_chunks(id);
@@ -166,4 +188,4 @@ BEGIN
     PERFORM dedup.close_reconcile(id);
     RETURN QUERY SELECT k.* FROM dedup.reconciled_chunks AS k WHERE k.reconciliation_id = id ORDER BY k.chunk_id;
 END $$;
-COMMENT ON FUNCTION dedup.reconcile(uuid, bool) IS 'compares the sources of a run, which this database must see, with their targets, record by record; a run with mismatches is halted, one without is reconciled';
+COMMENT ON FUNCTION dedup.reconcile(uuid, bool, bool) IS 'compares the sources of a run, which this database must see, with their targets, record by record; a run with mismatches is halted, one without is reconciled';

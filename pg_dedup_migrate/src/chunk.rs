@@ -20,9 +20,11 @@ use pgrx::{
 use crate::error::{Error, Result};
 use crate::hash::layout::stored_layout;
 use crate::keyset::{self, KeyTypes};
+use crate::lookup::{Leaving, Subject};
 use crate::matching::Standing;
 use crate::planning::ByIndex;
 use crate::relation;
+use crate::repair::Repair;
 use crate::shmem::{self, Scope, warmth};
 
 /// One chunk between `begin_chunk` and the end of its transaction.
@@ -49,7 +51,7 @@ pub struct OpenChunk {
     /// The ordinal, once drawn.
     pub ordinal: Option<i64>,
     /// (old digest, key) of rows that the chunk's records are about to replace, sorted.
-    pub leaving: Rc<Vec<([u8; 32], Vec<u8>)>>,
+    pub leaving: Rc<Vec<Subject>>,
     /// Keys as they were sent, of rows that store them in other bytes, to the stored ones: 1.0 and 1.00 are one key.
     pub respelled: Rc<HashMap<Vec<u8>, Vec<u8>>>,
     /// Is what it writes read back at the end of the run, not before it commits?
@@ -58,6 +60,12 @@ pub struct OpenChunk {
     pub shares_target: bool,
     /// The rows found unchanged, as [`rested_on`](crate::matching::rested_on) has them, sorted.
     pub unchanged: Rc<Vec<[u8; 16]>>,
+    /// Set when the chunk is repaired: the index and the rows of the target are not believed.
+    pub repair: Option<Repair>,
+    /// Entries that no row bears out, with their ordinals, sorted; they are among `leaving`.
+    pub stale: Rc<Vec<(Subject, u64)>>,
+    /// Keys of rows that are too many.
+    pub extra: Rc<Vec<Vec<u8>>>,
     /// What an earlier finish of this chunk wrote and is still there.
     pub standing: Standing,
     /// Parts of manifest and ledger received so far.
@@ -97,8 +105,11 @@ impl OpenChunk {
     pub fn keep_rows<'k>(&mut self, keys: &[&'k [u8]]) -> Result<Vec<[u8; 32]>> {
         let stored = |key: &&'k [u8]| self.respelled.get(*key).map_or(*key, Vec::as_slice);
         let kept: HashSet<&[u8]> = keys.iter().map(stored).collect();
-        let (stay, leave): (Vec<_>, Vec<_>) =
-            self.leaving.iter().cloned().partition(|(_, key)| kept.contains(key.as_slice()));
+        // What an entry says and no row bears out does not stand, whatever is refused.
+        let (stay, leave): (Vec<_>, Vec<_>) = self.leaving.iter().cloned().partition(|place| {
+            kept.contains(place.1.as_slice())
+                && self.stale.binary_search_by(|(subject, _)| subject.cmp(place)).is_err()
+        });
         if stay.len() != kept.len() {
             return Err(Error::invalid("a key to be kept is not among those to be replaced"));
         }
@@ -106,6 +117,11 @@ impl OpenChunk {
         let mut digests: Vec<[u8; 32]> = stay.into_iter().map(|(digest, _)| digest).collect();
         digests.dedup();
         Ok(digests)
+    }
+
+    /// Places that don't count as holding their content.
+    pub fn leaving(&self) -> Leaving<'_> {
+        Leaving { places: &self.leaving, stale: &self.stale }
     }
 
     /// Takes a part of manifest and ledger.
@@ -304,7 +320,7 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
     let chunk = Spi::connect_mut(|client| -> Result<OpenChunk> {
         let found = client
             .update(
-                "SELECT c.status, c.lease, c.backend_pid, c.range_kind, c.range_lower, c.range_upper, \
+                "SELECT c.status, c.repair, c.lease, c.backend_pid, c.range_kind, c.range_lower, c.range_upper, \
                         r.status AS run_status, r.pass, \
                         t.keyless OR coalesce(r.options OPERATOR(pg_catalog.->>) 'verify' OPERATOR(pg_catalog.=) 'end', false) AS verified_later, \
                         t.target_id, t.layout, t.range_comparable, g.target::pg_catalog.oid AS target, \
@@ -333,7 +349,8 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
                 .hint("call lease_chunk and begin_chunk on the connection that writes the chunk"));
         }
         let run_status: String = required(found["run_status"].value()?)?;
-        refuse_unless_open(run, &run_status)?;
+        let repair = Repair::named(found["repair"].value()?)?;
+        refuse_unless_open(run, &run_status, repair)?;
         let target: pg_sys::Oid = required(found["target"].value()?)?;
         if !required::<bool>(found["fits_index"].value()?)? {
             return Err(Error::state(format!(
@@ -366,6 +383,9 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
             verified_later: required(found["verified_later"].value()?)?,
             shares_target: required(found["shares_target"].value()?)?,
             unchanged: Rc::default(),
+            repair,
+            stale: Rc::default(),
+            extra: Rc::default(),
             standing: Standing::default(),
             lists: Rc::new(SPARE.take()),
             claimed: false,
@@ -380,7 +400,7 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
         "SELECT r.status, dedup.run_rolling_back($2) FROM dedup.runs AS r WHERE r.run_id = $1",
         &[run.into(), chunk.target_id.into()],
     )?;
-    refuse_unless_open(run, &required(status)?)?;
+    refuse_unless_open(run, &required(status)?, chunk.repair)?;
     if let Some(leaving) = leaving {
         return Err(Error::new(
             PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
@@ -396,8 +416,8 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
     Ok(occupied)
 }
 
-fn refuse_unless_open(run: Uuid, status: &str) -> Result<()> {
-    if matches!(status, "running" | "paused") {
+fn refuse_unless_open(run: Uuid, status: &str, repair: Option<Repair>) -> Result<()> {
+    if matches!(status, "running" | "paused") || status == "halted" && repair.is_some() {
         return Ok(());
     }
     Err(Error::state(format!("run {run} is {status}")).hint("chunks are done while their run is open"))

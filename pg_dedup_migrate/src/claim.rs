@@ -25,6 +25,7 @@ use crate::chunk::{self, OpenChunk};
 use crate::error::{Error, Result};
 use crate::lookup::{self, Digests};
 use crate::relation::Snapshot;
+use crate::repair;
 use crate::shmem::claims::{self, Claim};
 use crate::shmem::{Scope, filter};
 
@@ -60,7 +61,9 @@ pub fn digests_of(bytes: &[u8]) -> Result<Digests<'_>> {
 ///
 /// # Errors
 /// 53400 when the claims table is full, 55000 when the library is not preloaded, 40P01 where a retraction's wait closes a cycle.
-pub fn claim(chunk: &OpenChunk, digests: Digests<'_>) -> Result<Vec<Verdict>> {
+pub fn claim(chunk: &mut OpenChunk, digests: Digests<'_>) -> Result<Vec<Verdict>> {
+    repair::unbelieve(chunk, digests)?;
+    let chunk = &*chunk;
     let scope = chunk.scope();
     let mut verdicts = vec![Verdict::New; digests.len()];
     // 1. Probe.
@@ -71,7 +74,7 @@ pub fn claim(chunk: &OpenChunk, digests: Digests<'_>) -> Result<Vec<Verdict>> {
     } else {
         all(digests)
     };
-    let found = lookup::present(chunk.target_id, digests, &suspects, &chunk.leaving, &Snapshot::latest())?;
+    let found = lookup::present(chunk.target_id, digests, &suspects, chunk.leaving(), &Snapshot::latest())?;
     let candidates: Vec<u32> = (0..digests.len() as u32).filter(|&i| !found[i as usize]).collect();
     for (verdict, _) in verdicts.iter_mut().zip(&found).filter(|(_, found)| **found) {
         *verdict = Verdict::Duplicate;
@@ -120,7 +123,7 @@ fn recheck(chunk: &OpenChunk, digests: Digests<'_>, ours: &[u32], trust: Trust) 
     filter::set_sorted(scope, ours.iter().map(|&i| &digests[i as usize]), &mut seen)?;
     let suspects: Vec<u32> =
         ours.iter().zip(seen).filter(|(_, seen)| *seen || !believed).map(|(&i, _)| i).collect();
-    let found = lookup::present(chunk.target_id, digests, &suspects, &chunk.leaving, &Snapshot::latest())?;
+    let found = lookup::present(chunk.target_id, digests, &suspects, chunk.leaving(), &Snapshot::latest())?;
     let present: Vec<u32> = suspects.into_iter().filter(|&i| found[i as usize]).collect();
     let given_back: Vec<[u8; 32]> = present
         .iter()
@@ -161,7 +164,7 @@ pub fn resolve(chunk: &OpenChunk, digests: Digests<'_>) -> Result<Vec<Verdict>> 
     let mut open = all(digests);
     while !open.is_empty() {
         pgrx::check_for_interrupts!();
-        let found = lookup::present(chunk.target_id, digests, &open, &chunk.leaving, &Snapshot::latest())?;
+        let found = lookup::present(chunk.target_id, digests, &open, chunk.leaving(), &Snapshot::latest())?;
         open.retain(|&i| {
             let present = found[i as usize];
             if present {

@@ -19,6 +19,7 @@ use crate::ledger;
 use crate::matching::Standing;
 use crate::planning::ByIndex;
 use crate::relation::{Access, Table};
+use crate::repair;
 use crate::segment::{SegmentWriter, next_number};
 use crate::shmem::claims;
 
@@ -124,7 +125,8 @@ fn finish_chunk(
 pub fn finish(chunk: &mut OpenChunk, books: &Books, info: &JsonB) -> Result<i64> {
     books.check_balance()?;
     let ordinal = draw_ordinal(chunk)?;
-    let tombstones = retractions(ordinal)?;
+    repair::remove_extra(chunk)?;
+    let tombstones = retractions(chunk, ordinal)?;
     let written = books.written(&chunk.standing);
     let lists = chunk.lists.clone();
     let manifest = read_manifest(&lists.manifest, &written)?;
@@ -166,8 +168,19 @@ pub fn draw_ordinal(chunk: &mut OpenChunk) -> Result<i64> {
 }
 
 /// (old digest, key) of the rows this chunk overwrote or removed, sorted: exactly those with a before image, so that what a savepoint
-/// took back is not retracted.
-fn retractions(ordinal: i64) -> Result<Vec<(Digest, Vec<u8>)>> {
+/// took back is not retracted. In a repair also entries that no row bears out.
+fn retractions(chunk: &OpenChunk, ordinal: i64) -> Result<Vec<(Digest, Vec<u8>)>> {
+    let mut retracted: Vec<(Digest, Vec<u8>)> =
+        if chunk.keyless() { Vec::new() } else { with_images(ordinal)? };
+    if !chunk.stale.is_empty() {
+        retracted.extend(repair::still_stale(chunk)?.into_iter().map(|(digest, key)| (Digest(digest), key)));
+        retracted.sort_unstable();
+        retracted.dedup();
+    }
+    Ok(retracted)
+}
+
+fn with_images(ordinal: i64) -> Result<Vec<(Digest, Vec<u8>)>> {
     Spi::connect(|client| {
         let rows = client.select(
             "SELECT content_hash, key FROM dedup.before_images WHERE ordinal = $1 ORDER BY content_hash, key",
@@ -436,7 +449,7 @@ fn close_books(
         client
             .update(
                 "UPDATE dedup.checkpoints AS c SET status = CASE WHEN $6 THEN 'syncing' ELSE 'verified' END, \
-                    verified_at = CASE WHEN NOT $6 THEN pg_catalog.clock_timestamp() END, written_at = pg_catalog.clock_timestamp(), ordinal = $3, \
+                    repair = NULL, verified_at = CASE WHEN NOT $6 THEN pg_catalog.clock_timestamp() END, written_at = pg_catalog.clock_timestamp(), ordinal = $3, \
                     source_count = $4[1], inserted_count = $4[2], updated_count = $4[3], unchanged_count = $4[4], duplicate_count = $4[5], \
                     quarantined_count = $4[6], checksum = $5[1], inserted_checksum = $5[2], updated_checksum = $5[3], \
                     unchanged_checksum = $5[4], duplicate_checksum = $5[5], quarantined_checksum = $5[6], \

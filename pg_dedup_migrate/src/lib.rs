@@ -12,6 +12,7 @@
 use pgrx::prelude::*;
 
 mod by_key;
+mod by_place;
 mod chunk;
 mod claim;
 mod compaction;
@@ -40,6 +41,7 @@ mod protocol;
 mod reconcile;
 mod references;
 mod relation;
+mod repair;
 mod rollback;
 mod segment;
 mod shmem;
@@ -85,6 +87,11 @@ extension_sql_file!(
         reconcile::recheck_chunks,
         reconcile::settle_reconcile
     ]
+);
+extension_sql_file!(
+    "../../sql/56_repair.sql",
+    name = "repair",
+    requires = ["reconcile", "local", verification::verify_written]
 );
 extension_sql_file!(
     "../../sql/57_rollback.sql",

@@ -163,8 +163,32 @@ fn seek(
     Ok(())
 }
 
-/// Which of `wanted` are present: for some key, the highest ordinal is an entry and not a tombstone, and the key is not among
-/// `leaving`, the places this chunk is about to overwrite (sorted).
+/// A content and the key of a row that holds it, or should.
+pub type Subject = ([u8; 32], Vec<u8>);
+
+/// Places that don't count: those that a chunk is about to overwrite.
+#[derive(Clone, Copy, Default)]
+pub struct Leaving<'a> {
+    /// The places, sorted.
+    pub places: &'a [Subject],
+    /// Those of them that are said to hold their content by an entry which no row bears out, sorted, with its ordinal: a later entry counts.
+    pub stale: &'a [(Subject, u64)],
+}
+
+impl Leaving<'_> {
+    fn has(&self, digest: &[u8; 32], place: &Place) -> bool {
+        let subject = (digest, place.key.as_slice());
+        if self.places.binary_search_by(|(d, k)| (d, k.as_slice()).cmp(&subject)).is_err() {
+            return false;
+        }
+        match self.stale.binary_search_by(|((d, k), _)| (d, k.as_slice()).cmp(&subject)) {
+            Ok(at) => place.ordinal <= self.stale[at].1,
+            Err(_) => true,
+        }
+    }
+}
+
+/// Which of `wanted` are present: for some key, the highest ordinal is an entry and not a tombstone, and the place is not leaving.
 ///
 /// # Errors
 /// As [`for_each_hit`].
@@ -172,7 +196,7 @@ pub fn present(
     target: i32,
     digests: Digests<'_>,
     wanted: &[u32],
-    leaving: &[([u8; 32], Vec<u8>)],
+    leaving: Leaving<'_>,
     snapshot: &Snapshot,
 ) -> Result<Vec<bool>> {
     let mut found = vec![false; digests.len()];
@@ -180,7 +204,7 @@ pub fn present(
         return Ok(found);
     }
     let segments = segment::segments_of(target, snapshot)?;
-    if leaving.is_empty() && segments.iter().all(|s| s.tombstones == 0) {
+    if leaving.places.is_empty() && segments.iter().all(|s| s.tombstones == 0) {
         for_each_hit(target, digests, wanted, 0, snapshot, |i, _| {
             found[i as usize] = true;
             Ok(ControlFlow::Break(()))
@@ -189,13 +213,9 @@ pub fn present(
     }
     for (i, places) in places(target, digests, wanted, snapshot)? {
         let digest = &digests[i as usize];
-        found[i as usize] = places.iter().any(|p| !is_leaving(leaving, digest, &p.key));
+        found[i as usize] = places.iter().any(|p| !leaving.has(digest, p));
     }
     Ok(found)
-}
-
-fn is_leaving(leaving: &[([u8; 32], Vec<u8>)], digest: &[u8; 32], key: &[u8]) -> bool {
-    leaving.binary_search_by(|(d, k)| (d, k.as_slice()).cmp(&(digest, key))).is_ok()
 }
 
 /// Where each wanted digest stands now, if anywhere: for each key its highest ordinal, unless that is a tombstone. Ascending by digest, places by

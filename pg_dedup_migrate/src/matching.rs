@@ -19,6 +19,7 @@ use crate::keyset::column_list;
 use crate::lookup;
 use crate::planning::ByIndex;
 use crate::relation::Snapshot;
+use crate::repair;
 
 /// What stands in the target under a record's key. The numbers are what `dedup.match_keys` answers, one byte a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,7 +115,12 @@ pub fn match_rows(chunk: &mut OpenChunk, keys: &[&[u8]], row_digests: &[[u8; 32]
     let key_of = |n: u32| stored.get(&n).map_or(keys[n as usize], Vec::as_slice);
 
     let updated_before = updated_before(chunk)?;
-    let written = written_by_this_pass(chunk, &found, &key_of)?;
+    let twins = repair::twins(chunk, &found, &matches, &key_of)?;
+    let mut written = written_by_this_pass(chunk, &found, &key_of)?;
+    written.retain(|(n, _)| !twins.contains(n));
+    for &n in &twins {
+        matches[n as usize] = Match::Changed;
+    }
     let repeated = if written.is_empty() { Vec::new() } else { repeated(keys) };
     for (n, by_this_chunk) in written {
         let m = &mut matches[n as usize];

@@ -11,7 +11,7 @@ use pgrx::prelude::*;
 use crate::chunk::required;
 use crate::error::Result;
 use crate::ledger;
-use crate::lookup;
+use crate::lookup::{self, Leaving};
 use crate::relation::{Access, Snapshot, Table};
 use crate::segment::{self, BlockReader};
 
@@ -61,7 +61,7 @@ fn vanished(target: i32) -> Result<HashSet<[u8; 32]>> {
     retracted.sort_unstable();
     retracted.dedup();
     let wanted: Vec<u32> = (0..retracted.len() as u32).collect();
-    let present = lookup::present(target, &retracted, &wanted, &[], &snapshot)?;
+    let present = lookup::present(target, &retracted, &wanted, Leaving::default(), &snapshot)?;
     Ok(retracted.into_iter().zip(present).filter(|(_, present)| !present).map(|(digest, _)| digest).collect())
 }
 

@@ -4,7 +4,7 @@ use pgrx::pg_sys;
 use pgrx::prelude::*;
 
 use crate::chunk::required;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Which foreign keys are asked for.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -64,6 +64,18 @@ pub fn of(target: pg_sys::Oid, which: Which) -> Result<Vec<Reference>> {
 }
 
 impl Reference {
+    /// 23503: rows point at rows of `target` that are to be deleted.
+    pub fn violated(&self, target: &str) -> Error {
+        Error::new(
+            PgSqlErrorCode::ERRCODE_FOREIGN_KEY_VIOLATION,
+            format!(
+                "rows of {} point at rows of {target} through foreign key constraint \"{}\"",
+                self.referencing, self.constraint
+            ),
+        )
+        .hint("Delete those rows, or have them point elsewhere, then go on.")
+    }
+
     /// Whether a row points at one of the rows `t` of `target` that `condition` finds for `keys`, whose parameters are `arguments`.
     ///
     /// # Errors

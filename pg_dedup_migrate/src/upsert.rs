@@ -4,6 +4,7 @@
 //! savepoint taken back takes its retractions with it.
 use std::hash::{DefaultHasher, Hash, Hasher};
 
+use pg_dedup_record::digest::Digest;
 use pg_dedup_record::layout::Layout;
 use pgrx::Uuid;
 use pgrx::datum::DatumWithOid;
@@ -307,6 +308,31 @@ fn keep_before_images(
     })?;
     flush(&mut keys, &mut hashes, &mut images, &mut full_rows)?;
     Ok(kept)
+}
+
+/// Stores rows of a table without a key that are about to be removed: they are kept under their content and a number.
+///
+/// # Errors
+/// SPI's own.
+pub fn keep_keyless_images(chunk: &mut OpenChunk, images: &[(Digest, Vec<u8>)]) -> Result<()> {
+    let ordinal = draw_ordinal(chunk)?;
+    let numbered = |(n, (content, _)): (usize, &(Digest, Vec<u8>))| {
+        [content.as_bytes().as_slice(), &(n as u64).to_be_bytes()].concat()
+    };
+    Ok(Spi::run_with_args(
+        "INSERT INTO dedup.before_images (ordinal, target_id, run_id, chunk_id, action, key, content_hash, image) \
+         SELECT $1, $2, $3, $4, 'delete', u.key, u.hash, u.image \
+         FROM ROWS FROM (pg_catalog.unnest($5), pg_catalog.unnest($6), pg_catalog.unnest($7)) AS u(key, hash, image)",
+        &[
+            ordinal.into(),
+            chunk.target_id.into(),
+            chunk.run.into(),
+            chunk.chunk_id.as_str().into(),
+            images.iter().enumerate().map(numbered).collect::<Vec<_>>().into(),
+            images.iter().map(|(content, _)| content.0.to_vec()).collect::<Vec<_>>().into(),
+            images.iter().map(|(_, image)| image.clone()).collect::<Vec<_>>().into(),
+        ],
+    )?)
 }
 
 /// Has the target columns that the run does not deliver and that do not follow from others?

@@ -98,7 +98,7 @@ impl Waiting {
 /// # Errors
 /// 42704 for an unknown table of the run, 55000 when the target's files were replaced, XX001 for a damaged block.
 #[pg_extern(volatile, parallel_unsafe, strict)]
-fn verify_written(
+pub fn verify_written(
     run: Uuid,
     table_id: i32,
     wait: default!(bool, "false"),

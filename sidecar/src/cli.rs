@@ -26,6 +26,8 @@ pub enum Command {
     Work(WorkArgs),
     /// Compare the sources of a run with its targets, record by record; a run with mismatches is halted
     Reconcile(ReconcileArgs),
+    /// Set right what a reconciliation found, and reconcile again
+    Repair(RepairArgs),
     /// Take back what a run, or one chunk of it, did to its targets
     Rollback(RollbackArgs),
     /// Show runs, or one run: progress, books, failed chunks
@@ -160,6 +162,23 @@ pub struct ReconcileArgs {
     /// Records that changed in the source since they were migrated are mismatches, too
     #[arg(long)]
     pub strict: bool,
+}
+
+/// Flags of `repair`.
+#[derive(Debug, Args)]
+pub struct RepairArgs {
+    /// The run: its id, a unique prefix of it, its name, or "last"
+    pub run: String,
+    #[command(flatten)]
+    pub file: FileArgs,
+    #[command(flatten)]
+    pub endpoints: EndpointArgs,
+    /// Delete rows that the run wrote and the source does not have
+    #[arg(long)]
+    pub delete_extra: bool,
+    /// Workers in this process [default: 2]
+    #[arg(long, value_name = "N")]
+    pub workers: Option<u16>,
 }
 
 /// Flags of `rollback`.

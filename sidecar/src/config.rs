@@ -20,8 +20,8 @@ use std::path::Path;
 use serde::Deserialize;
 
 use crate::cli::{
-    DoctorArgs, EndpointArgs, FileArgs, ReconcileArgs, RollbackArgs, RunArgs, StatusArgs, TableArgs, Verify,
-    WorkArgs,
+    DoctorArgs, EndpointArgs, FileArgs, ReconcileArgs, RepairArgs, RollbackArgs, RunArgs, StatusArgs,
+    TableArgs, Verify, WorkArgs,
 };
 use crate::error::{Error, Result};
 use crate::names::{self, TableName};
@@ -111,9 +111,17 @@ impl Job {
 
     /// The job of `reconcile`.
     pub fn of_reconcile(args: &ReconcileArgs) -> Result<Job> {
-        let file = FileConfig::load_for(&args.file, &args.endpoints, args.workers)?;
-        let mut job = file.into_job()?;
-        job.json = args.file.json;
+        Job::on_both(&args.file, &args.endpoints, args.workers)
+    }
+
+    /// The job of `repair`.
+    pub fn of_repair(args: &RepairArgs) -> Result<Job> {
+        Job::on_both(&args.file, &args.endpoints, args.workers)
+    }
+
+    fn on_both(file_args: &FileArgs, endpoints: &EndpointArgs, workers: Option<u16>) -> Result<Job> {
+        let mut job = FileConfig::load_for(file_args, endpoints, workers)?.into_job()?;
+        job.json = file_args.json;
         Ok(job)
     }
 

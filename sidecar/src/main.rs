@@ -22,7 +22,7 @@
 //! | [`heartbeat`], [`progress`], [`stop`], [`failpoint`] | beside it |
 //! | [`finish`], [`summary`], [`status`], [`doctor`] | after it, and before |
 //! | [`reconcile`], [`verdict`] | source and target compared |
-//! | [`rollback`] | a run taken back |
+//! | [`repair`], [`rollback`] | a run set right, or taken back |
 #![forbid(unsafe_code)]
 
 use std::io::IsTerminal;
@@ -53,6 +53,7 @@ mod progress;
 mod protocol;
 mod read;
 mod reconcile;
+mod repair;
 mod resume;
 mod rollback;
 mod run;
@@ -95,6 +96,9 @@ async fn command(command: &Command) -> Result<u8> {
         Command::Work(args) => run::work(&Job::of_work(args)?, &args.run, Stop::listen()?).await,
         Command::Reconcile(args) => {
             reconcile::reconcile(&Job::of_reconcile(args)?, &args.run, args.strict, Stop::listen()?).await
+        }
+        Command::Repair(args) => {
+            repair::repair(&Job::of_repair(args)?, &args.run, args.delete_extra, Stop::listen()?).await
         }
         Command::Rollback(args) => {
             rollback::rollback(&Job::of_rollback(args)?, &args.into(), Stop::listen()?).await

@@ -56,8 +56,26 @@ struct Pass {
     stop: Stop,
 }
 
-/// Compares a run's sources with its targets and gives the verdict.
+/// Compares a run's sources with its targets and tells the verdict.
 pub async fn reconcile(job: &Job, wanted: &str, strict: bool, stop: Stop) -> Result<u8> {
+    let Some(verdict) = pass(job, wanted, Extent { strict, repaired: false }, stop).await? else {
+        return Ok(130);
+    };
+    verdict.print(job.json)?;
+    Ok(verdict.exit_code())
+}
+
+/// What a pass looks at.
+#[derive(Debug, Clone, Copy)]
+pub struct Extent {
+    /// Records that changed in the source are mismatches, too.
+    pub strict: bool,
+    /// Chunks that the pass before found right, and nobody touched since, are not read from the source again.
+    pub repaired: bool,
+}
+
+/// One pass over a run; none: interrupted.
+pub async fn pass(job: &Job, wanted: &str, extent: Extent, stop: Stop) -> Result<Option<Verdict>> {
     let source = Arc::new(Endpoint::resolve(Side::Source, &job.source)?);
     let target = Arc::new(Endpoint::resolve(Side::Target, &job.target)?);
     let admin = target.connect(Role::Admin).await?;
@@ -69,7 +87,7 @@ pub async fn reconcile(job: &Job, wanted: &str, strict: bool, stop: Stop) -> Res
         .execute("SELECT dedup.hold_run($1::uuid)", &[&run.run_id])
         .await
         .at(Side::Target, "reserving the run")?;
-    let id = begin(&admin, &run, strict).await?;
+    let id = begin(&admin, &run, extent).await?;
     // After that, so that the snapshot knows of the pass.
     let (_keeper, target_snapshot) = setup::export_snapshot(&target).await?;
     recheck(&admin, id, &target_snapshot).await?;
@@ -112,18 +130,19 @@ pub async fn reconcile(job: &Job, wanted: &str, strict: bool, stop: Stop) -> Res
     let Some(concluded) = concluded else {
         admin.cancel().await;
         tracing::warn!("interrupted; pg-dedup-migrate reconcile {} goes on with what is left", run.run_id);
-        return Ok(130);
+        return Ok(None);
     };
     concluded.map_err(resumable)?;
-    let verdict = Verdict::load(&admin, id).await?;
-    verdict.print(job.json)?;
-    Ok(verdict.exit_code())
+    Verdict::load(&admin, id).await.map(Some)
 }
 
-async fn begin(admin: &Session, run: &Run, strict: bool) -> Result<i64> {
+async fn begin(admin: &Session, run: &Run, extent: Extent) -> Result<i64> {
     admin
         .client
-        .query_one("SELECT dedup.begin_reconcile($1::uuid, $2::bool)", &[&run.run_id, &strict])
+        .query_one(
+            "SELECT dedup.begin_reconcile($1::uuid, $2::bool, $3::bool)",
+            &[&run.run_id, &extent.strict, &extent.repaired],
+        )
         .await
         .and_then(|row| row.try_get(0))
         .at(Side::Target, "begin_reconcile")

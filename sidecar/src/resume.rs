@@ -27,7 +27,10 @@ pub async fn resume(
                 Kind::Halted,
                 format!("run {} is halted: a reconciliation found mismatches", run.run_id),
             )
-            .hint("repair and reconcile it before anything else is written"));
+            .hint(format!(
+                "pg-dedup-migrate repair {0} sets it right, rollback {0} takes it back",
+                run.run_id
+            )));
         }
         other => {
             return Err(Error::refused(format!("run {} is {other} and can't be gone on with", run.run_id)));
@@ -113,7 +116,11 @@ fn differences_in_tables(job: &Job, tables: &[TableWork]) -> Vec<String> {
 
 /// Positions in a table without a key mean nothing under another snapshot: such a table starts over, and what it has
 /// written already is found to be there.
-async fn renew_snapshot(run: &Run, endpoint: &Arc<Endpoint>, target: &Session) -> Result<Option<Session>> {
+pub async fn renew_snapshot(
+    run: &Run,
+    endpoint: &Arc<Endpoint>,
+    target: &Session,
+) -> Result<Option<Session>> {
     let tables = tables::load(target, run.run_id).await?;
     let mut unfinished = Vec::new();
     for table in tables.values().filter(|table| table.spec.snapshot.is_some()) {

@@ -21,14 +21,18 @@ use crate::worker::{self, Crew};
 use crate::{resume, setup};
 
 /// Both ends of a job and a session on the target for the process's own questions.
-struct Ends {
-    source: Arc<Endpoint>,
-    target: Arc<Endpoint>,
-    admin: Session,
+pub struct Ends {
+    /// The source.
+    pub source: Arc<Endpoint>,
+    /// The target.
+    pub target: Arc<Endpoint>,
+    /// A session on the target.
+    pub admin: Session,
 }
 
 impl Ends {
-    async fn connect(job: &Job) -> Result<Ends> {
+    /// Connects, and checks that the two fit together.
+    pub async fn connect(job: &Job) -> Result<Ends> {
         let source = Arc::new(Endpoint::resolve(Side::Source, &job.source)?);
         let target = Arc::new(Endpoint::resolve(Side::Target, &job.target)?);
         let admin = target.connect(Role::Admin).await?;
@@ -37,7 +41,7 @@ impl Ends {
     }
 
     /// Connects anew if the target was restarted meanwhile.
-    async fn revive(&mut self) -> Result<()> {
+    pub async fn revive(&mut self) -> Result<()> {
         if self.admin.is_closed() {
             self.admin = self.target.connect_patiently(Role::Admin).await?;
         }
@@ -153,7 +157,7 @@ async fn work_to_the_end(job: &Job, ends: &mut Ends, run: &Run, stop: &Stop) -> 
     targets.dedup();
     let mut unreferenced = None;
     loop {
-        work_chunks(job, ends, run, tables.clone(), stop).await?;
+        work_chunks(job, ends, run, tables.clone(), stop, false).await?;
         ends.revive().await?;
         if stop.finishing() {
             return Ok(());
@@ -182,12 +186,14 @@ async fn open(admin: &Session, run: Uuid) -> Result<bool> {
     Ok(crate::protocol::run_state(admin, run).await? == "open")
 }
 
-async fn work_chunks(
+/// Works on chunks until none is left; those of a halted run are repaired.
+pub async fn work_chunks(
     job: &Job,
     ends: &Ends,
     run: &Run,
     tables: HashMap<i32, TableWork>,
     stop: &Stop,
+    repairs: bool,
 ) -> Result<()> {
     if tables.is_empty() {
         return Err(Error::here(
@@ -211,6 +217,7 @@ async fn work_chunks(
         news: Notify::new(),
         vacuumed: AtomicBool::new(false),
         told_waiting: Mutex::default(),
+        repairs,
     };
     let _progress = Progress::show(counters, plan);
     worker::work(Arc::new(crew), job.workers).await

@@ -119,6 +119,13 @@ impl Verdict {
         })
     }
 
+    /// Records and rows that are wrong, extra ones left out if somebody wants to keep them.
+    pub fn to_repair(&self, extra: bool) -> i64 {
+        let counts = &self.counts;
+        let wrong = counts.missing + counts.changed + counts.surviving_duplicate;
+        if extra { wrong + counts.extra } else { wrong }
+    }
+
     /// The exit code that tells it.
     pub fn exit_code(&self) -> u8 {
         match self.verdict.as_str() {

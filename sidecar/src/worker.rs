@@ -49,6 +49,8 @@ pub struct Crew {
     pub vacuumed: AtomicBool,
     /// When it was last said that chunks wait for the leases of silent workers.
     pub told_waiting: Mutex<Option<Instant>>,
+    /// The run is halted, and its chunks are repaired.
+    pub repairs: bool,
 }
 
 impl Crew {
@@ -201,6 +203,7 @@ impl Worker {
             let status = self.status.borrow().clone();
             match status.as_str() {
                 "created" | "running" => paused_told = false,
+                "halted" if crew.repairs => {}
                 "paused" => {
                     if !std::mem::replace(&mut paused_told, true) {
                         tracing::warn!(

@@ -70,6 +70,11 @@ impl Pair {
         self.sidecar("reconcile").arg("last")
     }
 
+    /// `repair last`.
+    pub fn repair(&self) -> Invocation {
+        self.sidecar("repair").arg("last")
+    }
+
     /// `rollback RUN --yes`.
     pub fn rollback(&self, run: &str) -> Invocation {
         Invocation::new("rollback").args(&[run, "--yes", "--target", &self.target_cluster.url(DATABASE)])

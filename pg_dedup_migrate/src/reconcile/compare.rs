@@ -16,7 +16,7 @@ use crate::chunk::{KeyRange, required};
 use crate::error::{Error, Result};
 use crate::hash::rows::{self, View};
 use crate::keyset::{column_list, hash_of, qualified_name};
-use crate::lookup::{self, Place};
+use crate::lookup::{self, Leaving, Place};
 use crate::planning::ByIndex;
 use crate::relation::Snapshot;
 
@@ -164,7 +164,7 @@ impl<'a> Comparison<'a> {
     /// Without keys: a content that the index has counts as present, and the index is compared with the rows in the end.
     fn match_contents(&mut self, snapshot: &Snapshot) -> Result<()> {
         let (digests, wanted) = distinct(self.records.iter().map(|record| record.content));
-        let present = lookup::present(self.chunk.target_id, &digests, &wanted, &[], snapshot)?;
+        let present = lookup::present(self.chunk.target_id, &digests, &wanted, Leaving::default(), snapshot)?;
         let mut taken = vec![false; digests.len()];
         for (i, record) in self.records.iter().enumerate() {
             let Ok(at) = digests.binary_search(record.content.as_bytes()) else { continue };
@@ -217,7 +217,7 @@ impl<'a> Comparison<'a> {
     fn look_for_survivors(&mut self, snapshot: &Snapshot) -> Result<()> {
         let losers = self.fated(Fate::Dropped);
         let (digests, wanted) = distinct(losers.iter().map(|&i| self.records[i as usize].content));
-        let present = lookup::present(self.chunk.target_id, &digests, &wanted, &[], snapshot)?;
+        let present = lookup::present(self.chunk.target_id, &digests, &wanted, Leaving::default(), snapshot)?;
         let mut sought: Vec<LedgerEntry<'_>> = Vec::new();
         for &i in &losers {
             let record = &self.records[i as usize];

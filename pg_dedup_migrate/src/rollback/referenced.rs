@@ -165,14 +165,7 @@ pub fn refuse_now(target: &Target, key_types: &KeyTypes, keys: &[&[u8]]) -> Resu
             reference.referencing, reference.matches
         );
         if required(Spi::get_one_with_args::<bool>(&query, &arguments)?)? {
-            return Err(Error::new(
-                PgSqlErrorCode::ERRCODE_FOREIGN_KEY_VIOLATION,
-                format!(
-                    "rows of {} point at rows of {name} through foreign key constraint \"{}\"",
-                    reference.referencing, reference.constraint
-                ),
-            )
-            .hint("Delete those rows, or have them point elsewhere, then go on with the rollback."));
+            return Err(reference.violated(&name));
         }
     }
     Ok(())

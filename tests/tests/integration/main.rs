@@ -15,6 +15,7 @@ mod protocol;
 mod quarantine;
 mod reconcile;
 mod regressions;
+mod repair;
 mod rollback;
 mod second_run;
 mod shapes;

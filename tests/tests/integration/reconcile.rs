@@ -6,31 +6,33 @@ use integration::pair::Pair;
 use integration::sidecar::{exit, failpoint};
 
 /// A table of items whose `body` is content, 2,000 of them with 1,500 contents.
-struct Items {
+pub struct Items {
     /// The key columns as they are declared.
-    key: &'static str,
+    pub key: &'static str,
     /// Their values for the row numbered `n`.
-    values: &'static str,
+    pub values: &'static str,
     /// The key of a divergence `d` as the row's number.
-    number: &'static str,
+    pub number: &'static str,
 }
 
-const BY_NUMBER: Items =
+/// A surrogate number.
+pub const BY_NUMBER: Items =
     Items { key: "k bigint PRIMARY KEY", values: "n * 10", number: "substring(d.key, 3)::int8 / 10" };
 /// Ordered by a collation, so that ranges of the source mean nothing in the target.
-const BY_TEXT: Items = Items {
+pub const BY_TEXT: Items = Items {
     key: "k text PRIMARY KEY",
     values: "'it''s \"' || n || '\" & über'",
     number: "substring(convert_from(d.packed_key, 'UTF8'), '\"(\\d+)\"')::int8",
 };
-const BY_TWO: Items = Items {
+/// Two columns, one with an awkward name.
+pub const BY_TWO: Items = Items {
     key: "k int, \"K 2\" int, PRIMARY KEY (k, \"K 2\")",
     values: "n / 7, n % 7",
     number: "substring(d.key, '^k=(\\d+)')::int8 * 7 + substring(d.key, '(\\d+)$')::int8",
 };
 
 /// What is done to the target, by SQL on its rows; each row knows its number `n`.
-const TAMPERING: &str = "CREATE TABLE saved AS TABLE public.items; \
+pub const TAMPERING: &str = "CREATE TABLE saved AS TABLE public.items; \
      CREATE TABLE deleted AS SELECT n, body FROM public.items WHERE n IN (SELECT min(n) FROM public.items UNION SELECT max(n) FROM public.items) OR n IN (500, 501, 777); \
      DELETE FROM public.items WHERE n IN (SELECT n FROM deleted); \
      CREATE TABLE changed AS SELECT n FROM public.items WHERE n IN (2, 300, 600, 1000); \
@@ -38,7 +40,8 @@ const TAMPERING: &str = "CREATE TABLE saved AS TABLE public.items; \
      CREATE TABLE rewritten AS SELECT n, body FROM public.items WHERE n = 300; \
      UPDATE public.items SET body = 'tampered' WHERE n = 300";
 
-async fn items(items: &Items) -> Pair {
+/// A migrated table of items.
+pub async fn items(items: &Items) -> Pair {
     let pair = Pair::start().await;
     let table = format!("CREATE TABLE public.items ({}, n int, body text, note text)", items.key);
     pair.both(&table).await;
@@ -58,7 +61,7 @@ async fn items(items: &Items) -> Pair {
 }
 
 /// `kind number` of what the last pass has named.
-async fn named(db: &Db, number: &str) -> Vec<String> {
+pub async fn named(db: &Db, number: &str) -> Vec<String> {
     db.column(&format!(
         "SELECT d.kind || ' ' || {number} FROM dedup.divergences AS d \
          WHERE d.reconciliation_id = (SELECT max(reconciliation_id) FROM dedup.reconciliations) ORDER BY 1"
@@ -66,7 +69,8 @@ async fn named(db: &Db, number: &str) -> Vec<String> {
     .await
 }
 
-async fn statuses(db: &Db) -> Vec<Vec<Option<String>>> {
+/// Each run's status and the verdicts about it.
+pub async fn statuses(db: &Db) -> Vec<Vec<Option<String>>> {
     db.texts(
         "SELECT r.status, string_agg(p.verdict || CASE WHEN p.released_by IS NOT NULL THEN ' released' ELSE '' END, ', ' ORDER BY p.reconciliation_id) \
          FROM dedup.runs AS r LEFT JOIN dedup.reconciliations AS p USING (run_id) GROUP BY r.run_id ORDER BY r.created_at",
@@ -74,7 +78,8 @@ async fn statuses(db: &Db) -> Vec<Vec<Option<String>>> {
     .await
 }
 
-fn line(values: &[&str]) -> Vec<Option<String>> {
+/// A line of a result.
+pub fn line(values: &[&str]) -> Vec<Option<String>> {
     values.iter().map(|value| Some((*value).to_owned())).collect()
 }
 

@@ -1,0 +1,120 @@
+//! `repair`: chunks in which a reconciliation found mismatches are done again, and compared again.
+//!
+//! ```text
+//!   begin_repair ─▶ workers do the chunks again ─▶ finish_repair ─▶ a pass over the run ─▶ verdict
+//!        ▲                                              │ lost survivors     │ fewer mismatches than before
+//!        └──────────────────────────────────────────────┴────────────────────┘
+//! ```
+
+use crate::config::Job;
+use crate::conn::Session;
+use crate::error::{At, Result, Side};
+use crate::reconcile::{self, Extent};
+use crate::resume;
+use crate::run::{self, Ends};
+use crate::runs::{self, Run};
+use crate::stop::Stop;
+use crate::summary::print_text;
+use crate::tables;
+
+/// Sets right what the last reconciliation of a run found, as long as that makes it less.
+pub async fn repair(job: &Job, wanted: &str, delete_extra: bool, stop: Stop) -> Result<u8> {
+    let mut before = i64::MAX;
+    loop {
+        let mut ends = Ends::connect(job).await?;
+        let run = runs::find(&ends.admin, wanted).await?;
+        runs::check_source(&ends.source.connect(crate::conn::Role::Admin).await?, &run).await?;
+        call(&ends.admin, "hold_run", "SELECT dedup.hold_run($1::uuid)::text", &run).await?;
+        let Some(strict) = begin(&ends.admin, &run, delete_extra).await? else {
+            tracing::info!("run {} ({}) is {}: there is nothing to repair", run.run_id, run.name, run.status);
+            if !job.json {
+                print_text(&format!("run {} ({}): {}\n", run.run_id, run.name, run.status));
+            }
+            return Ok(0);
+        };
+        rewrite(job, &mut ends, &run, &stop).await?;
+        call(&ends.admin, "let_go_of_run", "SELECT dedup.let_go_of_run($1::uuid)::text", &run).await?;
+        if stop.finishing() {
+            tracing::warn!("interrupted; pg-dedup-migrate repair {} goes on with what is left", run.run_id);
+            return Ok(130);
+        }
+        let extent = Extent { strict, repaired: true };
+        let Some(verdict) = reconcile::pass(job, &run.run_id.to_string(), extent, stop.clone()).await? else {
+            return Ok(130);
+        };
+        // What was too much to be listed is found by the next pass.
+        let left = verdict.to_repair(delete_extra);
+        if left == 0 || left >= before || verdict.verdict != "mismatch" {
+            verdict.print(job.json)?;
+            return Ok(verdict.exit_code());
+        }
+        tracing::info!("{left} mismatches are left");
+        before = left;
+    }
+}
+
+/// Sets chunks back; none: the run is not halted. Answers whether it was halted by a strict pass.
+async fn begin(admin: &Session, run: &Run, delete_extra: bool) -> Result<Option<bool>> {
+    let chunks: i32 = admin
+        .client
+        .query_one("SELECT dedup.begin_repair($1::uuid, $2::bool)", &[&run.run_id, &delete_extra])
+        .await
+        .and_then(|row| row.try_get(0))
+        .at(Side::Target, "begin_repair")?;
+    let strict: Option<bool> = admin
+        .client
+        .query_one("SELECT bool_or(is_strict) FROM dedup.reconciliations WHERE holds = $1", &[&run.run_id])
+        .await
+        .and_then(|row| row.try_get(0))
+        .at(Side::Target, "looking at the passes")?;
+    if strict.is_some() {
+        tracing::info!("repairing run {} ({}): {chunks} chunks", run.run_id, run.name);
+    }
+    Ok(strict)
+}
+
+/// Does the chunks again, and those that lose survivors by that.
+async fn rewrite(job: &Job, ends: &mut Ends, run: &Run, stop: &Stop) -> Result<()> {
+    loop {
+        let _keeper = resume::renew_snapshot(run, &ends.source, &ends.admin).await?;
+        repair_local_chunks(&ends.admin, run).await?;
+        let tables = tables::load(&ends.admin, run.run_id).await?;
+        if !tables.is_empty() {
+            run::work_chunks(job, ends, run, tables, stop, true).await?;
+        }
+        ends.revive().await?;
+        if stop.finishing()
+            || call(&ends.admin, "finish_repair", "SELECT dedup.finish_repair($1::uuid)::text", run).await?
+                == "0"
+        {
+            return Ok(());
+        }
+    }
+}
+
+/// Chunks of sources that the target database sees are its own to do.
+async fn repair_local_chunks(admin: &Session, run: &Run) -> Result<()> {
+    let chunks = admin
+        .client
+        .query(
+            "SELECT c.chunk_id FROM dedup.checkpoints AS c JOIN dedup.run_tables AS t USING (run_id, table_id) \
+             WHERE c.run_id = $1 AND c.status = 'pending' AND t.source_spec ? 'local' ORDER BY c.chunk_no",
+            &[&run.run_id],
+        )
+        .await
+        .at(Side::Target, "listing the chunks to repair")?;
+    for chunk in chunks {
+        let chunk: String = chunk.try_get(0).at(Side::Target, "listing the chunks to repair")?;
+        admin
+            .client
+            .execute("SELECT dedup.run_chunk($1::uuid, $2::text)", &[&run.run_id, &chunk])
+            .await
+            .at(Side::Target, "run_chunk")?;
+    }
+    Ok(())
+}
+
+async fn call(admin: &Session, doing: &'static str, sql: &str, run: &Run) -> Result<String> {
+    let row = admin.client.query_one(sql, &[&run.run_id]).await.at(Side::Target, doing)?;
+    Ok(row.try_get::<_, Option<String>>(0).at(Side::Target, doing)?.unwrap_or_default())
+}
