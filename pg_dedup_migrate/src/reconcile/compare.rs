@@ -1,4 +1,5 @@
 //! One chunk: its records against the target's rows.
+use std::cell::OnceCell;
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::CStr;
 
@@ -65,6 +66,8 @@ struct Comparison<'a> {
     records: &'a [RecordEntry<'a>],
     by_key: ByKey<'a>,
     fates: Vec<Fate>,
+    /// The record after the one that was found last.
+    next: usize,
     strangers: Vec<Stranger>,
     /// Rows looked at and the sum of their content and key, where the chunk accounts for a range of the target.
     rows: Option<(i64, u64)>,
@@ -91,6 +94,7 @@ impl<'a> Comparison<'a> {
             records,
             by_key: ByKey::new(records),
             fates: vec![Fate::Open; records.len()],
+            next: 0,
             strangers: Vec::new(),
             rows: None,
             row_checksum: None,
@@ -109,16 +113,22 @@ impl<'a> Comparison<'a> {
         let (mut count, mut sum, mut checksum) = (0, 0u64, Checksum::default());
         let mut key = Vec::new();
         scan_range(chunk, range, |row| {
-            let digests = row.digests()?;
+            let row_digest = row.row_digest()?;
             key.clear();
             row.write_key(&mut key)?;
+            // A row that is equal to a record has its content.
+            let content = match self.matches(&key, &row_digest) {
+                Some(record) => record.content,
+                None => {
+                    let content = row.digests()?.content;
+                    let key_is_known = self.by_key.records(&key).next().is_some();
+                    self.strangers.push(Stranger { key: key.clone(), content, key_is_known });
+                    content
+                }
+            };
             count += 1;
-            sum = sum.wrapping_add(subject(digests.content.as_bytes(), &key));
-            checksum.add(&digests.row);
-            if !self.matches(&key, &digests.row) {
-                let key_is_known = self.by_key.records(&key).next().is_some();
-                self.strangers.push(Stranger { key: key.clone(), content: digests.content, key_is_known });
-            }
+            sum = sum.wrapping_add(subject(content.as_bytes(), &key));
+            checksum.add(&row_digest);
             Ok(())
         })?;
         self.row_checksum = Some(checksum);
@@ -129,17 +139,23 @@ impl<'a> Comparison<'a> {
     }
 
     /// Takes a row for the first record that is equal to it and has none yet.
-    fn matches(&mut self, key: &[u8], row: &Digest) -> bool {
-        let found = self
-            .by_key
-            .records(key)
-            .map(|i| i as usize)
-            .find(|&i| self.fates[i] == Fate::Open && self.records[i].row == *row);
-        match found {
-            Some(i) => self.fates[i] = Fate::Present,
-            None => return false,
-        }
-        true
+    fn matches(&mut self, key: &[u8], row: &Digest) -> Option<RecordEntry<'a>> {
+        let is_it = |at: usize| self.fates[at] == Fate::Open && self.records[at].row == *row;
+        let at = match self.next_with(key) {
+            Some(at) if is_it(at) => at,
+            _ => self.by_key.records(key).map(|i| i as usize).find(|&i| is_it(i))?,
+        };
+        self.fates[at] = Fate::Present;
+        self.next = at + 1;
+        Some(self.records[at])
+    }
+
+    /// The next record with this key, if it is near: both sides are read in order of their keys, but for the records that have no row.
+    fn next_with(&self, key: &[u8]) -> Option<usize> {
+        /// A longer stretch of records without rows is left to the look-up by key.
+        const NEAR: usize = 32;
+        let near = self.next..self.records.len().min(self.next + NEAR);
+        near.into_iter().find(|&at| self.records[at].key == Some(key))
     }
 
     fn match_keys(&mut self) -> Result<()> {
@@ -153,7 +169,7 @@ impl<'a> Comparison<'a> {
             stored.clear();
             row.write_key(&mut stored)?;
             self.seen.push(hash_of(&[&stored]));
-            if !self.matches(keys[n], &digests.row) {
+            if self.matches(keys[n], &digests.row).is_none() {
                 let key = keys[n].to_vec();
                 self.strangers.push(Stranger { key, content: digests.content, key_is_known: true });
             }
@@ -525,15 +541,31 @@ pub fn subject(content: &[u8; 32], key: &[u8]) -> u64 {
     hash_of(&[content, key])
 }
 
-/// Records by key.
+/// Records by key, put in order when first asked for.
 struct ByKey<'a> {
+    records: &'a [RecordEntry<'a>],
+    chains: OnceCell<Chains<'a>>,
+}
+
+struct Chains<'a> {
     first: HashMap<&'a [u8], u32>,
     /// The next record with the same key.
     next: Vec<Option<u32>>,
 }
 
 impl<'a> ByKey<'a> {
-    fn new(records: &[RecordEntry<'a>]) -> Self {
+    fn new(records: &'a [RecordEntry<'a>]) -> Self {
+        Self { records, chains: OnceCell::new() }
+    }
+
+    fn records(&self, key: &[u8]) -> impl Iterator<Item = u32> + Clone + '_ {
+        let chains = self.chains.get_or_init(|| Chains::of(self.records));
+        std::iter::successors(chains.first.get(key).copied(), |&i| chains.next[i as usize])
+    }
+}
+
+impl<'a> Chains<'a> {
+    fn of(records: &'a [RecordEntry<'a>]) -> Self {
         let mut first = HashMap::with_capacity(records.len());
         let mut next = vec![None; records.len()];
         // From behind, so that chains run forwards.
@@ -543,9 +575,5 @@ impl<'a> ByKey<'a> {
             }
         }
         Self { first, next }
-    }
-
-    fn records(&self, key: &[u8]) -> impl Iterator<Item = u32> + Clone + '_ {
-        std::iter::successors(self.first.get(key).copied(), |&i| self.next[i as usize])
     }
 }
