@@ -206,7 +206,8 @@ CREATE TABLE dedup.ordinals (
     chunk_id         text,
     pass             int,
     heir_of          uuid,
-    heir_table       int
+    heir_table       int,
+    heir_rows        bigint
 );
 CREATE INDEX ordinals_chunk ON dedup.ordinals (run_id, chunk_id);
 COMMENT ON TABLE  dedup.ordinals IS 'which run, chunk and pass an ordinal was drawn for; ordinals are commit order for any one digest and key';
@@ -217,6 +218,7 @@ COMMENT ON COLUMN dedup.ordinals.chunk_id IS 'the chunk; null with run_id';
 COMMENT ON COLUMN dedup.ordinals.pass IS 'the pass of the run; null with run_id; 0 with heir_of';
 COMMENT ON COLUMN dedup.ordinals.heir_of IS 'rows of that run, which was rolled back: they were kept because this chunk''s records rest on them';
 COMMENT ON COLUMN dedup.ordinals.heir_table IS 'the pair of that run that wrote them';
+COMMENT ON COLUMN dedup.ordinals.heir_rows IS 'how many they are';
 
 -- ---------------------------------------------------------------------------------------------------------
 CREATE TABLE dedup.segment (
@@ -231,6 +233,7 @@ CREATE TABLE dedup.segment (
     created_at       timestamptz NOT NULL DEFAULT clock_timestamp()
 ) WITH (autovacuum_vacuum_scale_factor = 0.05);
 CREATE INDEX segment_target ON dedup.segment (target_id, level, segment_id);
+CREATE INDEX segment_ordinal ON dedup.segment (target_id, first_ordinal);
 COMMENT ON TABLE  dedup.segment IS 'immutable sorted sets of (content hash, location): level 0 is what one chunk wrote';
 COMMENT ON COLUMN dedup.segment.segment_id IS 'new for every attempt, never reused';
 COMMENT ON COLUMN dedup.segment.target_id IS 'the target, in dedup.targets';
@@ -287,7 +290,8 @@ CREATE TABLE dedup.before_images (
     content_hash     bytea NOT NULL,
     action           text NOT NULL CHECK (action IN ('update', 'delete')),
     image            bytea NOT NULL,
-    full_row         text,
+    other_columns    jsonb,
+    layout_ordinal   bigint,
     PRIMARY KEY (ordinal, key)
 );
 CREATE INDEX before_images_run ON dedup.before_images (run_id, chunk_id);
@@ -300,7 +304,8 @@ COMMENT ON COLUMN dedup.before_images.key IS 'packed key of the row';
 COMMENT ON COLUMN dedup.before_images.content_hash IS 'content hash the row had';
 COMMENT ON COLUMN dedup.before_images.action IS 'what was done to the row: update or delete';
 COMMENT ON COLUMN dedup.before_images.image IS 'the row as one binary COPY tuple in layout order';
-COMMENT ON COLUMN dedup.before_images.full_row IS 'of a removed row of a table with columns that the run does not deliver: the whole row as text';
+COMMENT ON COLUMN dedup.before_images.other_columns IS 'of a removed row the columns that the run does not deliver, by name, as text; null: there are none';
+COMMENT ON COLUMN dedup.before_images.layout_ordinal IS 'where the image came over from a run that was rolled back: an ordinal of whoever has its columns; null: the ordinal''s own';
 
 -- ---------------------------------------------------------------------------------------------------------
 CREATE TABLE dedup.unchanged_rows (
@@ -538,7 +543,8 @@ CREATE TABLE dedup.rollback_steps (
     PRIMARY KEY (rollback_id, ordinal)
 ) WITH (fillfactor = 70);
 CREATE INDEX rollback_steps_open ON dedup.rollback_steps (rollback_id, ordinal) WHERE undone_at IS NULL;
-CREATE INDEX rollback_steps_undone ON dedup.rollback_steps (rollback_id, undone_at);
+CREATE INDEX rollback_steps_table ON dedup.rollback_steps (rollback_id, table_id) WHERE undone_at IS NULL;
+CREATE INDEX rollback_steps_ordinal ON dedup.rollback_steps (ordinal);
 COMMENT ON TABLE  dedup.rollback_steps IS 'what a rollback takes back, one step for each time that a chunk finished; a rollback that was cut off goes on with the others';
 COMMENT ON COLUMN dedup.rollback_steps.rollback_id IS 'the rollback';
 COMMENT ON COLUMN dedup.rollback_steps.ordinal IS 'the ordinal that is taken back; of a table without a key the last one, for all';

@@ -216,7 +216,12 @@ BEGIN
         LOOP
             attempt := 0;
             LOOP
-                IF (SELECT r.status FROM dedup.runs AS r WHERE r.run_id OPERATOR(pg_catalog.=) run) OPERATOR(pg_catalog.=) ANY ('{paused,cancelled,halted}'::pg_catalog.text[]) THEN
+                IF (SELECT r.status FROM dedup.runs AS r WHERE r.run_id OPERATOR(pg_catalog.=) run) OPERATOR(pg_catalog.=) ANY ('{paused,cancelled,halted,rolling_back,rolled_back}'::pg_catalog.text[]) THEN
+                    RETURN;
+                END IF;
+                IF EXISTS (SELECT FROM dedup.rollbacks_in_the_way(run)) THEN
+                    RAISE WARNING 'a run is being rolled back from a target of run %', run
+                        USING HINT = 'CALL dedup.migrate_run again when the rollback is done.';
                     RETURN;
                 END IF;
                 attempt := attempt OPERATOR(pg_catalog.+) 1;

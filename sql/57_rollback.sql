@@ -12,18 +12,23 @@ DECLARE
     r dedup.runs := dedup.run_row(run);
 BEGIN
     RETURN QUERY
-    WITH finished AS (
+    -- Rows that were kept for the run when another was rolled back are its own now.
+    WITH inherited AS (
+        SELECT o.target_id, sum(o.heir_rows)::bigint AS rows FROM dedup.ordinals AS o
+        WHERE o.run_id = run AND (chunk IS NULL OR o.chunk_id = chunk) AND o.heir_of IS NOT NULL GROUP BY 1
+    ), finished AS (
         SELECT c.* , t.target_id FROM dedup.checkpoints AS c JOIN dedup.run_tables AS t USING (run_id, table_id)
         WHERE c.run_id = run AND (chunk IS NULL OR c.chunk_id = chunk) AND c.written_at IS NOT NULL
             AND NOT EXISTS (SELECT FROM dedup.rollbacks AS b JOIN dedup.rollback_steps AS s USING (rollback_id)
                             WHERE b.run_id = run AND s.ordinal = c.ordinal AND s.undone_at IS NOT NULL)
     ), written AS (
-        SELECT f.target_id, sum(f.inserted_count)::bigint AS inserted,
+        SELECT f.target_id, sum(f.inserted_count)::bigint + coalesce(max(i.rows), 0) AS inserted,
             extract(epoch FROM max(f.written_at) - min(f.started_at))::float8 AS seconds, sum(f.inserted_count + f.updated_count)::float8 AS records
-        FROM finished AS f GROUP BY 1
+        FROM finished AS f LEFT JOIN inherited AS i USING (target_id) GROUP BY 1
     ), kept AS (
         SELECT b.target_id, count(*) AS images, coalesce(sum(length(b.image)), 0)::bigint AS bytes FROM dedup.before_images AS b
-        WHERE b.run_id = run AND (chunk IS NULL OR b.chunk_id = chunk) GROUP BY 1
+        WHERE b.run_id = run AND (chunk IS NULL OR b.chunk_id = chunk)
+            AND NOT EXISTS (SELECT FROM dedup.rollback_steps AS s WHERE s.ordinal = b.ordinal AND s.undone_at IS NOT NULL) GROUP BY 1
     )
     SELECT g.target, w.inserted, coalesce(k.images, 0),
         -- A record a row deleted, several a row restored, the rows' pages once after a checkpoint, merged index entries once more.
@@ -36,9 +41,8 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION dedup.rollback_preview(uuid, text) IS 'what a rollback of a run, or of one chunk, would take back, by its books: rows, WAL, time';
 
--- Begins a rollback, or takes up one that was cut off; one transaction. Workers of the run are fenced: the chunks that they are writing are waited
--- for, and none is begun after that.
-CREATE FUNCTION dedup.begin_rollback(run uuid, chunk text DEFAULT NULL, force bool DEFAULT false) RETURNS bigint
+-- A rollback and its steps. The chunk's variant is for one transaction with its steps: nothing keeps others away in between.
+CREATE FUNCTION dedup.begin_rollback_of(run uuid, chunk text, force bool) RETURNS bigint
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     r dedup.runs;
@@ -61,24 +65,28 @@ BEGIN
     ELSIF chunk IS NOT NULL AND NOT EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.chunk_id = chunk) THEN
         RAISE EXCEPTION 'run % has no chunk %', run, chunk USING ERRCODE = 'undefined_object',
             HINT = 'SELECT chunk_id FROM dedup.checkpoints lists them.';
+    ELSIF r.bake_in_until < clock_timestamp() THEN
+        RAISE EXCEPTION 'run % can no longer be rolled back', run USING ERRCODE = 'object_not_in_prerequisite_state',
+            DETAIL = format('Since %s it is not known which rows it wrote, or what stood there before.', r.bake_in_until);
     END IF;
-    SELECT min(o::text) INTO other FROM dedup.rollbacks_in_the_way(run) AS o;
-    IF other IS NOT NULL THEN
-        RAISE EXCEPTION 'run % is being rolled back from the same tables', other USING ERRCODE = 'object_in_use',
-            HINT = format('CALL dedup.rollback_run_in_chunks(%L) goes on with it.', other);
-    END IF;
+    -- What is not leased yet stays so; what is leased ends first, or finds that its run is no longer open. Before the run is marked: chunks in
+    -- flight look at it.
+    PERFORM FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.status = 'pending' FOR UPDATE SKIP LOCKED;
+    PERFORM FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.status <> 'verified' ORDER BY c.chunk_no FOR UPDATE;
     IF chunk IS NULL THEN
         PERFORM dedup.set_run_status(run, '{created,running,paused,failed,halted,done,reconciled,cancelled}', 'rolling_back', 'run_rolling_back');
     END IF;
-    -- What is not leased yet stays so; what is leased ends first, or finds that its run is no longer open.
-    PERFORM FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.status = 'pending' FOR UPDATE SKIP LOCKED;
-    PERFORM FROM dedup.checkpoints AS c WHERE c.run_id = run ORDER BY c.chunk_no FOR UPDATE;
     INSERT INTO dedup.rollbacks AS b (run_id, chunk_id, is_forced) VALUES (run, chunk, force) RETURNING b.rollback_id INTO id;
     PERFORM dedup.prepare_rollback(id);
     PERFORM dedup.log_event(run, chunk, 'rollback_started', jsonb_build_object('rollback_id', id, 'force', force, 'from', r.status));
     RETURN id;
 END $$;
-COMMENT ON FUNCTION dedup.begin_rollback(uuid, text, bool) IS 'begins to roll a run or one of its chunks back, or takes up a rollback that was cut off; returns its number';
+COMMENT ON FUNCTION dedup.begin_rollback_of(uuid, text, bool) IS 'the work of begin_rollback and rollback_chunk';
+
+-- Workers of the run are fenced: the chunks that they are writing are waited for, and none is begun after that.
+CREATE FUNCTION dedup.begin_rollback(run uuid, force bool DEFAULT false) RETURNS bigint
+LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$ SELECT dedup.begin_rollback_of(run, NULL, force) $$;
+COMMENT ON FUNCTION dedup.begin_rollback(uuid, bool) IS 'begins to roll a run back, or takes up a rollback that was cut off; one transaction; returns its number';
 
 -- One step in the caller's transaction. Tables that others reference come after those; of one table the newest first.
 CREATE FUNCTION dedup.rollback_step(rollback bigint, OUT state text, OUT deleted bigint, OUT restored bigint, OUT left_alone bigint) RETURNS record
@@ -93,11 +101,10 @@ BEGIN
     left_alone := 0;
     SELECT x.* INTO s FROM dedup.rollback_steps AS x
     WHERE x.rollback_id = rollback AND x.undone_at IS NULL
-        AND (x.deferred_at IS NULL OR x.deferred_at < (SELECT max(d.undone_at) FROM dedup.rollback_steps AS d WHERE d.rollback_id = rollback))
         AND NOT EXISTS (SELECT FROM dedup.rollbacks AS b JOIN dedup.run_tables AS t ON t.run_id = b.run_id
                         WHERE b.rollback_id = rollback AND t.depends_on @> ARRAY[x.table_id]
                             AND EXISTS (SELECT FROM dedup.rollback_steps AS d WHERE d.rollback_id = rollback AND d.table_id = t.table_id AND d.undone_at IS NULL))
-    ORDER BY x.ordinal DESC LIMIT 1 FOR UPDATE OF x SKIP LOCKED;
+    ORDER BY x.deferred_at NULLS FIRST, x.ordinal DESC LIMIT 1 FOR UPDATE OF x SKIP LOCKED;
     IF NOT FOUND THEN
         state := CASE WHEN EXISTS (SELECT FROM dedup.rollback_steps AS x WHERE x.rollback_id = rollback AND x.undone_at IS NULL) THEN 'waiting' ELSE 'finished' END;
         RETURN;
@@ -132,9 +139,14 @@ BEGIN
     left_alone := 0;
     state := 'deferred';
 END $$;
-COMMENT ON FUNCTION dedup.rollback_step(bigint) IS 'takes one finish of a chunk back: undone; deferred, until another one is; waiting, for steps that others are at or that are in each other''s way; or finished';
+COMMENT ON FUNCTION dedup.rollback_step(bigint) IS 'takes one finish of a chunk back: undone; deferred, to be tried again after the others; waiting, for steps that others are at; or finished';
 
--- Nobody is at a step, and none can be done.
+CREATE FUNCTION dedup.steps_left(rollback bigint) RETURNS bigint
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+AS $$ SELECT count(*) FROM dedup.rollback_steps AS s WHERE s.rollback_id = rollback AND s.undone_at IS NULL $$;
+COMMENT ON FUNCTION dedup.steps_left(bigint) IS 'steps of a rollback that are not done yet';
+
+-- Nobody is at a step, and every one has been tried in vain.
 CREATE FUNCTION dedup.rollback_stuck(rollback bigint) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -144,7 +156,8 @@ BEGIN
     SELECT * INTO b FROM dedup.rollbacks AS x WHERE x.rollback_id = rollback;
     SELECT string_agg(DISTINCT format('chunk %s: %s', s.chunk_id, s.message), '; ') INTO reasons
     FROM dedup.rollback_steps AS s WHERE s.rollback_id = rollback AND s.undone_at IS NULL AND s.message IS NOT NULL;
-    RAISE EXCEPTION 'the rollback of run % cannot go on', b.run_id USING ERRCODE = 'object_in_use', DETAIL = reasons,
+    RAISE EXCEPTION 'the rollback of run % cannot go on', b.run_id USING ERRCODE = 'object_in_use',
+        DETAIL = coalesce(reasons, 'Other sessions are at its steps.'),
         HINT = 'Mend what is in the way, then go on with the rollback: what was taken back stays so.';
 END $$;
 COMMENT ON FUNCTION dedup.rollback_stuck(bigint) IS 'says why a rollback cannot go on';
@@ -194,13 +207,15 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     id bigint;
     did text;
+    vain bigint := 0;
 BEGIN
     PERFORM dedup.hold_run(run, true);
-    id := dedup.begin_rollback(run, chunk, force);
+    id := dedup.begin_rollback_of(run, chunk, force);
     LOOP
         did := (dedup.rollback_step(id)).state;
         EXIT WHEN did = 'finished';
-        IF did = 'waiting' THEN
+        vain := CASE WHEN did = 'undone' THEN 0 ELSE vain + 1 END;
+        IF vain > 0 AND (did = 'waiting' OR vain > dedup.steps_left(id)) THEN
             PERFORM dedup.rollback_stuck(id);
         END IF;
     END LOOP;
@@ -244,31 +259,57 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION dedup.rollback_chunk(uuid, text, bool) IS 'takes back what one chunk did; it is pending again, and its run, if it had ended, paused';
 
--- Commits after every step.
+-- Commits after every step. What passes by itself (deadlock, a lock that is held for long) is tried again; whatever ends it, lets go of the run.
 CREATE PROCEDURE dedup.rollback_run_in_chunks(run uuid, force bool DEFAULT false) LANGUAGE plpgsql AS $$
 DECLARE
     id bigint;
     did record;
-    steps bigint := 0;
     in_all bigint;
+    vain bigint := 0;
+    failed int := 0;
     told timestamptz := pg_catalog.clock_timestamp();
 BEGIN
     PERFORM dedup.hold_run(run);
-    id := dedup.begin_rollback(run, NULL, force);
+    BEGIN
+        id := dedup.begin_rollback(run, force);
+    EXCEPTION WHEN OTHERS THEN
+        PERFORM dedup.let_go_of_run(run);
+        RAISE;
+    END;
     COMMIT;
     in_all := (SELECT pg_catalog.count(*) FROM dedup.rollback_steps AS s WHERE s.rollback_id OPERATOR(pg_catalog.=) id);
     LOOP
-        SELECT * INTO did FROM dedup.rollback_step(id);
+        BEGIN
+            SELECT * INTO did FROM dedup.rollback_step(id);
+            failed := 0;
+            vain := CASE WHEN did.state OPERATOR(pg_catalog.=) 'undone' THEN 0 ELSE vain OPERATOR(pg_catalog.+) 1 END;
+            IF vain OPERATOR(pg_catalog.>) 0 AND did.state OPERATOR(pg_catalog.<>) 'finished'
+                AND vain OPERATOR(pg_catalog.>) ((CASE WHEN did.state OPERATOR(pg_catalog.=) 'waiting' THEN 50 ELSE 0 END) OPERATOR(pg_catalog.+) dedup.steps_left(id)) THEN
+                PERFORM dedup.rollback_stuck(id);
+            END IF;
+        EXCEPTION
+            WHEN deadlock_detected OR lock_not_available THEN
+                failed := failed OPERATOR(pg_catalog.+) 1;
+                IF failed OPERATOR(pg_catalog.>) 5 THEN
+                    PERFORM dedup.let_go_of_run(run);
+                    RAISE;
+                END IF;
+            WHEN OTHERS THEN
+                PERFORM dedup.let_go_of_run(run);
+                RAISE;
+        END;
         COMMIT;
+        IF failed OPERATOR(pg_catalog.>) 0 THEN
+            PERFORM pg_catalog.pg_sleep(0.1);
+            CONTINUE;
+        END IF;
         EXIT WHEN did.state OPERATOR(pg_catalog.=) 'finished';
         IF did.state OPERATOR(pg_catalog.=) 'waiting' THEN
-            PERFORM dedup.let_go_of_run(run);
-            PERFORM dedup.rollback_stuck(id);
+            PERFORM pg_catalog.pg_sleep(0.1);
         END IF;
         IF pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) told OPERATOR(pg_catalog.>) '10 s'::pg_catalog.interval THEN
             told := pg_catalog.clock_timestamp();
-            RAISE NOTICE '% of % steps taken back', (SELECT pg_catalog.count(*) FROM dedup.rollback_steps AS s
-                WHERE s.rollback_id OPERATOR(pg_catalog.=) id AND s.undone_at IS NOT NULL), in_all;
+            RAISE NOTICE '% of % steps taken back', in_all OPERATOR(pg_catalog.-) dedup.steps_left(id), in_all;
         END IF;
     END LOOP;
     SELECT * INTO did FROM dedup.finish_rollback(id);

@@ -2,6 +2,7 @@
 -- RUN_ID as in dedup.runs. It shows what will be undone and asks; anything but yes leaves everything as it is.
 -- force: rows that somebody changed since are overwritten, rows that other runs rest on are kept for them.
 \set ON_ERROR_STOP on
+\set AUTOCOMMIT on
 \if :{?force}
 \else
     \set force off
@@ -31,7 +32,7 @@ SELECT :'answer' = 'yes' AS confirmed \gset
     \endif
     \echo 'Rows that were left alone because somebody changed them since'
     SELECT t.target, l.key, l.reason, l.chunk_id FROM dedup.left_alone AS l JOIN dedup.targets AS t USING (target_id)
-    WHERE l.run_id = :'run' ORDER BY l.left_alone_id LIMIT 100;
+    WHERE l.rollback_id = (SELECT max(rollback_id) FROM dedup.rollbacks WHERE run_id = :'run') ORDER BY l.left_alone_id LIMIT 100;
 \else
     \echo 'Nothing was changed.'
 \endif

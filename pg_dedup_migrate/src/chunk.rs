@@ -403,7 +403,7 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
     refuse_unless_open(run, &required(status)?, chunk.repair)?;
     if let Some(leaving) = leaving {
         return Err(Error::new(
-            PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
+            PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE,
             format!("run {leaving} is being rolled back from {}", chunk.target_name()),
         )
         .detail("Nothing is written to a table while rows are taken out of it.")

@@ -12,7 +12,8 @@ use crate::error::{Error, Result};
 use crate::hash::rows;
 use crate::index::Target;
 use crate::keyset::{column_list, qualified_name};
-use crate::lookup;
+use crate::lookup::{self, Place};
+use crate::merge::Merge;
 use crate::relation::{Access, Snapshot, Table};
 use crate::segment::{self, BlockReader, Segment, SegmentWriter, next_number};
 use crate::shmem::{self, filter};
@@ -60,14 +61,48 @@ fn reindex_target(target: PgRelation) -> Result<i64, ErrorReport> {
         Before::Renewed
     } else {
         pgrx::warning!("the old entries are damaged: which run wrote which row is not known any more");
+        end_bake_in(target.id)?;
         segment::delete(&old)?;
         Before::Nothing
     };
     let entries = index_rows(&target, before)?;
     if before == Before::Renewed {
+        keep_history(&target, &old)?;
         segment::delete(&old)?;
     }
     Ok(entries)
+}
+
+/// Entries that are no longer the last word about their content and key, and tombstones: a rollback goes back to what was before them.
+fn keep_history(target: &Target, old: &[Segment]) -> Result<()> {
+    let snapshot = Snapshot::latest();
+    let read = Table::open("segment_block", Access::Read)?;
+    let blocks = Table::open("segment_block", Access::Insert)?;
+    let segments = Table::open("segment", Access::Insert)?;
+    let mut writer = SegmentWriter::new(&blocks, target.id, 0)?;
+    Merge::new(&read, old, &snapshot)?.for_each_content(|digest, said, standing| {
+        if said.len() == standing.len() {
+            return Ok(());
+        }
+        let stands =
+            |place: &Place| standing.iter().any(|s| s.key == place.key && s.ordinal == place.ordinal);
+        for place in said.iter().filter(|place| place.tombstone || !stands(place)) {
+            let stamp = Stamp { ordinal: place.ordinal, tombstone: place.tombstone };
+            writer.push(&Entry { digest: *digest, stamp, row_digest: place.row_digest, key: &place.key })?;
+        }
+        Ok(())
+    })?;
+    writer.finish(&segments)?;
+    Ok(())
+}
+
+/// Nobody knows any more which rows the runs on a target wrote: they cannot be rolled back.
+fn end_bake_in(target: i32) -> Result<()> {
+    Ok(Spi::run_with_args(
+        "UPDATE dedup.runs AS r SET bake_in_until = pg_catalog.clock_timestamp() FROM dedup.run_tables AS t \
+         WHERE t.run_id = r.run_id AND t.target_id = $1 AND r.status NOT IN ('created', 'rolled_back')",
+        &[target.into()],
+    )?)
 }
 
 /// What becomes of rows that have an entry already.
@@ -104,6 +139,7 @@ fn forget_target(target: PgRelation) -> Result<i64, ErrorReport> {
     let target = Target::of(target.oid())?;
     lock_exclusively(target.id)?;
     refuse_open_runs(&target, &["running", "paused", "failed", "halted", "rolling_back"])?;
+    end_bake_in(target.id)?;
     let segments = drop_entries(target.id)?;
     Spi::run_with_args(
         "UPDATE dedup.targets SET filenodes = dedup.leaf_filenodes(target), indexed_at = NULL WHERE target_id = $1",

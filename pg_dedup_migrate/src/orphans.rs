@@ -72,7 +72,7 @@ fn losers(target: i32, gone: &HashSet<[u8; 32]>) -> Result<Vec<(Uuid, String, i6
         let mut cursor = client.open_cursor(
             "SELECT o.run_id, o.chunk_id, l.entries FROM dedup.ledger_block AS l JOIN dedup.ordinals AS o USING (ordinal) \
              JOIN dedup.runs AS r ON r.run_id = o.run_id \
-             WHERE l.target_id = $1 AND r.status NOT IN ('cancelled', 'rolled_back') ORDER BY o.run_id, o.chunk_id",
+             WHERE l.target_id = $1 AND r.status NOT IN ('cancelled', 'rolling_back', 'rolled_back') ORDER BY o.run_id, o.chunk_id",
             &[target.into()],
         );
         loop {

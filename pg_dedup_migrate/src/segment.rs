@@ -30,6 +30,19 @@ pub struct Segment {
     pub last_ordinal: i64,
 }
 
+impl Segment {
+    fn of(row: &relation::Row<'_>) -> Result<Self> {
+        Ok(Self {
+            id: row.int8(1)?,
+            level: row.int4(3)?,
+            tombstones: row.int8(7)?,
+            blocks: row.int4(8)?,
+            first_ordinal: row.int8(4)?,
+            last_ordinal: row.int8(5)?,
+        })
+    }
+}
+
 /// The next number of one of dedup's sequences.
 ///
 /// # Errors
@@ -158,16 +171,27 @@ pub fn segments_of(target: i32, snapshot: &Snapshot) -> Result<Vec<Segment>> {
     scan.start(&[Condition::int4_eq(1, target)]);
     let mut found = Vec::new();
     while let Some(row) = scan.next(Direction::Forward) {
-        found.push(Segment {
-            id: row.int8(1)?,
-            level: row.int4(3)?,
-            tombstones: row.int8(7)?,
-            blocks: row.int4(8)?,
-            first_ordinal: row.int8(4)?,
-            last_ordinal: row.int8(5)?,
-        });
+        found.push(Segment::of(&row)?);
     }
     found.sort_by_key(|s| std::cmp::Reverse((s.level, s.id)));
+    Ok(found)
+}
+
+/// The segments of a target that hold entries of one ordinal and no other.
+///
+/// # Errors
+/// 42501 without SELECT on `dedup.segment`.
+pub fn segments_of_ordinal(target: i32, ordinal: i64, snapshot: &Snapshot) -> Result<Vec<Segment>> {
+    let table = Table::open("segment", Access::Read)?;
+    let mut scan = IndexScan::new(&table, "segment_ordinal", snapshot, 2)?;
+    scan.start(&[Condition::int4_eq(1, target), Condition::int8_eq(2, ordinal)]);
+    let mut found = Vec::new();
+    while let Some(row) = scan.next(Direction::Forward) {
+        let segment = Segment::of(&row)?;
+        if segment.last_ordinal == ordinal {
+            found.push(segment);
+        }
+    }
     Ok(found)
 }
 

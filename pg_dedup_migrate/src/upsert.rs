@@ -6,17 +6,17 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use pg_dedup_record::digest::Digest;
 use pg_dedup_record::layout::Layout;
-use pgrx::Uuid;
 use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
+use pgrx::{JsonB, Uuid};
 
 use crate::chunk::{self, OpenChunk, required};
 use crate::error::{Error, Result};
 use crate::finish::draw_ordinal;
 use crate::hash::rows;
-use crate::keyset::{KeyTypes, column_list, qualified_name, quote_ident};
+use crate::keyset::{KeyTypes, column_list, qualified_name, quote_ident, quote_literal};
 use crate::matching::unpack_keys;
 use crate::planning::{ByIndex, ExactTexts};
 use crate::references;
@@ -256,19 +256,19 @@ fn keep_before_images(
     let mut keys: Vec<Vec<u8>> = Vec::new();
     let mut hashes: Vec<Vec<u8>> = Vec::new();
     let mut images: Vec<Vec<u8>> = Vec::new();
-    let mut full_rows: Vec<Option<String>> = Vec::new();
+    let mut further: Vec<Option<JsonB>> = Vec::new();
     let mut bytes = 0;
     let mut kept = 0;
     let mut flush = |keys: &mut Vec<Vec<u8>>,
                      hashes: &mut Vec<Vec<u8>>,
                      images: &mut Vec<Vec<u8>>,
-                     full_rows: &mut Vec<Option<String>>|
+                     further: &mut Vec<Option<JsonB>>|
      -> Result<()> {
         kept += keys.len() as i64;
         Ok(Spi::run_with_args(
-            "INSERT INTO dedup.before_images (ordinal, target_id, run_id, chunk_id, action, key, content_hash, image, full_row) \
-             SELECT $1, $2, $3, $4, $5, u.key, u.hash, u.image, u.full_row \
-             FROM ROWS FROM (pg_catalog.unnest($6), pg_catalog.unnest($7), pg_catalog.unnest($8), pg_catalog.unnest($9)) AS u(key, hash, image, full_row)",
+            "INSERT INTO dedup.before_images (ordinal, target_id, run_id, chunk_id, action, key, content_hash, image, other_columns) \
+             SELECT $1, $2, $3, $4, $5, u.key, u.hash, u.image, u.others \
+             FROM ROWS FROM (pg_catalog.unnest($6), pg_catalog.unnest($7), pg_catalog.unnest($8), pg_catalog.unnest($9)) AS u(key, hash, image, others)",
             &[
                 ordinal.into(),
                 chunk.target_id.into(),
@@ -278,18 +278,26 @@ fn keep_before_images(
                 std::mem::take(keys).into(),
                 std::mem::take(hashes).into(),
                 std::mem::take(images).into(),
-                std::mem::take(full_rows).into(),
+                std::mem::take(further).into(),
             ],
         )?)
     };
     // What is removed takes along the columns that the run does not deliver.
-    let full_row = if action == "delete" && has_other_columns(chunk)? {
-        "t::pg_catalog.text"
+    let others = if action == "delete" { other_columns(chunk)? } else { Vec::new() };
+    let others = if others.is_empty() {
+        "NULL::pg_catalog.jsonb".to_owned()
     } else {
-        "NULL::pg_catalog.text"
+        let names: Vec<String> = others.iter().map(|name| quote_literal(name)).collect();
+        let values: Vec<String> =
+            others.iter().map(|name| format!("t.{}::pg_catalog.text", quote_ident(name))).collect();
+        format!(
+            "pg_catalog.jsonb_object(ARRAY[{}]::pg_catalog.text[], ARRAY[{}])",
+            names.join(", "),
+            values.join(", ")
+        )
     };
     let _texts = ExactTexts::new();
-    let query = format!("SELECT {}, {full_row} FROM {from}", column_list(&chunk.layout, "t"));
+    let query = format!("SELECT {}, {others} FROM {from}", column_list(&chunk.layout, "t"));
     rows::scan(&query, arguments, &chunk.layout, 1, |row| {
         let mut image = Vec::new();
         row.write_tuple(&mut image)?;
@@ -299,14 +307,14 @@ fn keep_before_images(
         keys.push(key);
         hashes.push(row.digests()?.content.as_bytes().to_vec());
         images.push(image);
-        full_rows.push(row.trailing(0)?);
+        further.push(row.trailing(0)?);
         if bytes > BATCH_BYTES {
             bytes = 0;
-            flush(&mut keys, &mut hashes, &mut images, &mut full_rows)?;
+            flush(&mut keys, &mut hashes, &mut images, &mut further)?;
         }
         Ok(())
     })?;
-    flush(&mut keys, &mut hashes, &mut images, &mut full_rows)?;
+    flush(&mut keys, &mut hashes, &mut images, &mut further)?;
     Ok(kept)
 }
 
@@ -335,14 +343,20 @@ pub fn keep_keyless_images(chunk: &mut OpenChunk, images: &[(Digest, Vec<u8>)]) 
     )?)
 }
 
-/// Has the target columns that the run does not deliver and that do not follow from others?
-fn has_other_columns(chunk: &OpenChunk) -> Result<bool> {
+/// The target's columns that the run does not deliver and that do not follow from others.
+fn other_columns(chunk: &OpenChunk) -> Result<Vec<String>> {
     let delivered: Vec<String> = chunk.layout.columns.iter().map(|column| column.name.clone()).collect();
-    required(Spi::get_one_with_args(
-        "SELECT EXISTS (SELECT FROM pg_catalog.pg_attribute AS a WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped \
-            AND a.attgenerated = '' AND a.attname::pg_catalog.text OPERATOR(pg_catalog.<>) ALL ($2))",
-        &[chunk.target.into(), delivered.into()],
-    )?)
+    Spi::connect(|client| {
+        client
+            .select(
+                "SELECT a.attname::pg_catalog.text AS name FROM pg_catalog.pg_attribute AS a WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped \
+                    AND a.attgenerated = '' AND a.attname::pg_catalog.text OPERATOR(pg_catalog.<>) ALL ($2) ORDER BY a.attnum",
+                None,
+                &[chunk.target.into(), delivered.into()],
+            )?
+            .map(|row| required(row["name"].value()?))
+            .collect()
+    })
 }
 
 /// Runs a statement with typed arguments; returns the rows it touched.

@@ -9,7 +9,7 @@
 
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBuilder};
@@ -32,8 +32,8 @@ use crate::worker;
 const TRIES: usize = 5;
 /// How long a lane waits for others that are in its way.
 const PAUSE: Duration = Duration::from_millis(100);
-/// Times that it finds nobody at work before it says that there is no way on.
-const PATIENCE: u32 = 5;
+/// Tries beyond the steps that are left before it is said that there is no way on.
+const PATIENCE: i64 = 10;
 /// Rows shown that were left alone.
 const SHOWN: usize = 20;
 
@@ -61,11 +61,13 @@ pub async fn rollback(job: &Job, wanted: &Wanted, stop: Stop) -> Result<u8> {
     if !wanted.yes && !is_confirmed(&run, wanted)? {
         return Ok(130);
     }
-    admin
-        .client
-        .execute("SELECT dedup.hold_run($1::uuid)", &[&run.run_id])
-        .await
-        .at(Side::Target, "reserving the run")?;
+    if wanted.chunk.is_none() {
+        admin
+            .client
+            .execute("SELECT dedup.hold_run($1::uuid)", &[&run.run_id])
+            .await
+            .at(Side::Target, "reserving the run")?;
+    }
     let resumable = |error: Error| match error.hint {
         Some(_) => error,
         None => error.hint(format!("pg-dedup-migrate rollback {} goes on with what is left", run.run_id)),
@@ -80,7 +82,10 @@ pub async fn rollback(job: &Job, wanted: &Wanted, stop: Stop) -> Result<u8> {
         tracing::warn!("interrupted: nothing was taken back");
         return Ok(130);
     };
-    let id = begun?;
+    let Some(id) = begun? else {
+        // A chunk is taken back by one transaction: it has been.
+        return tell(job, &Outcome::of_chunk(&admin, &run).await?);
+    };
     let counters = Arc::new(Counters::default());
     let plan = plan(&admin, id, rows).await?;
     let rolling = Arc::new(Rolling {
@@ -88,6 +93,7 @@ pub async fn rollback(job: &Job, wanted: &Wanted, stop: Stop) -> Result<u8> {
         target,
         counters: counters.clone(),
         busy: AtomicUsize::new(0),
+        undone: AtomicU64::new(0),
         stop: stop.clone(),
     });
     {
@@ -103,8 +109,12 @@ pub async fn rollback(job: &Job, wanted: &Wanted, stop: Stop) -> Result<u8> {
         tracing::warn!("interrupted; pg-dedup-migrate rollback {} goes on with what is left", run.run_id);
         return Ok(130);
     }
-    let outcome = Outcome::conclude(&admin, id, &run).await.map_err(resumable)?;
-    print(&outcome, job.json, || outcome.text())?;
+    tell(job, &Outcome::conclude(&admin, id, &run).await.map_err(resumable)?)
+}
+
+/// Prints what became of the rows; answers the exit code that says it.
+fn tell(job: &Job, outcome: &Outcome) -> Result<u8> {
+    print(outcome, job.json, || outcome.text())?;
     Ok(if outcome.left_alone_count > 0 { 3 } else { 0 })
 }
 
@@ -152,13 +162,15 @@ fn is_confirmed(run: &Run, wanted: &Wanted) -> Result<bool> {
     Ok(read.is_ok() && answer.trim() == "yes")
 }
 
-async fn begin(admin: &Session, run: &Run, wanted: &Wanted) -> Result<i64> {
+/// Begins with a run. One chunk is taken back whole: none.
+async fn begin(admin: &Session, run: &Run, wanted: &Wanted) -> Result<Option<i64>> {
+    let sql = match &wanted.chunk {
+        None => "SELECT dedup.begin_rollback($1::uuid, $3::bool) WHERE $2::text IS NULL",
+        Some(_) => "SELECT NULL::int8 FROM dedup.rollback_chunk($1::uuid, $2::text, $3::bool)",
+    };
     admin
         .client
-        .query_one(
-            "SELECT dedup.begin_rollback($1::uuid, $2::text, $3::bool)",
-            &[&run.run_id, &wanted.chunk, &wanted.force],
-        )
+        .query_one(sql, &[&run.run_id, &wanted.chunk, &wanted.force])
         .await
         .and_then(|row| row.try_get(0))
         .at(Side::Target, "begin_rollback")
@@ -196,6 +208,8 @@ struct Rolling {
     counters: Arc<Counters>,
     /// Lanes that are at a step.
     busy: AtomicUsize,
+    /// Steps done.
+    undone: AtomicU64,
     stop: Stop,
 }
 
@@ -208,7 +222,7 @@ struct Step {
 
 async fn lane(rolling: Arc<Rolling>) -> Result<()> {
     let mut session: Option<Session> = None;
-    let mut vain = 0;
+    let mut vain = Vain::default();
     while !rolling.stop.finishing() {
         let step = tokio::select! {
             step = step_patiently(&rolling, &mut session) => step?,
@@ -222,18 +236,19 @@ async fn lane(rolling: Arc<Rolling>) -> Result<()> {
         match step.state.as_str() {
             "finished" => break,
             "undone" => {
+                rolling.undone.fetch_add(1, Ordering::SeqCst);
                 rolling.counters.taken_back(step.rows, step.left_alone);
                 failpoint::reach(Failpoint::AfterCommit).await;
-                vain = 0;
             }
-            "waiting" => {
-                vain = if rolling.busy.load(Ordering::SeqCst) == 0 { vain + 1 } else { 0 };
-                if vain >= PATIENCE {
-                    return Err(stuck(&rolling, &mut session).await);
+            state => {
+                vain.count(rolling.undone.load(Ordering::SeqCst));
+                if vain.is_enough(&rolling, &session).await? {
+                    return Err(stuck(&rolling, &session).await);
                 }
-                tokio::time::sleep(PAUSE).await;
+                if state == "waiting" || rolling.busy.load(Ordering::SeqCst) > 0 {
+                    tokio::time::sleep(PAUSE).await;
+                }
             }
-            _ => {}
         }
     }
     if let Some(session) = session {
@@ -242,23 +257,52 @@ async fn lane(rolling: Arc<Rolling>) -> Result<()> {
     Ok(())
 }
 
+/// Steps tried in vain since anybody did one.
+#[derive(Default)]
+struct Vain {
+    undone: u64,
+    tries: i64,
+}
+
+impl Vain {
+    fn count(&mut self, undone: u64) {
+        self.tries = if undone == self.undone { self.tries + 1 } else { 1 };
+        self.undone = undone;
+    }
+
+    /// Whether every step that is left was tried, with nobody at one: there is no way on.
+    async fn is_enough(&self, rolling: &Rolling, session: &Option<Session>) -> Result<bool> {
+        let Some(target) = session.as_ref().filter(|_| self.tries > PATIENCE) else { return Ok(false) };
+        if rolling.busy.load(Ordering::SeqCst) > 0 {
+            return Ok(false);
+        }
+        let left: i64 = target
+            .client
+            .query_one("SELECT dedup.steps_left($1)", &[&rolling.id])
+            .await
+            .and_then(|row| row.try_get(0))
+            .at(Side::Target, "steps_left")?;
+        Ok(self.tries > PATIENCE + 2 * left)
+    }
+}
+
 /// One step, tried again while the reason it fails for may pass.
 async fn step_patiently(rolling: &Rolling, session: &mut Option<Session>) -> Result<Step> {
+    rolling.busy.fetch_add(1, Ordering::SeqCst);
     let mut pauses = ExponentialBuilder::default().with_jitter().with_max_times(TRIES - 1).build();
-    loop {
-        rolling.busy.fetch_add(1, Ordering::SeqCst);
-        let tried = step(rolling, session).await;
-        rolling.busy.fetch_sub(1, Ordering::SeqCst);
-        let error = match tried {
-            Ok(step) => return Ok(step),
+    let tried = loop {
+        let error = match step(rolling, session).await {
+            Ok(step) => break Ok(step),
             Err(error) => error,
         };
         *session = None;
         let pause = pauses.next().filter(|_| error.policy() == Policy::Retry && !rolling.stop.finishing());
-        let Some(pause) = pause else { return Err(error) };
+        let Some(pause) = pause else { break Err(error) };
         tracing::warn!("{error}; next try in {:.1} s", pause.as_secs_f64());
         tokio::time::sleep(pause).await;
-    }
+    };
+    rolling.busy.fetch_sub(1, Ordering::SeqCst);
+    tried
 }
 
 async fn step(rolling: &Rolling, session: &mut Option<Session>) -> Result<Step> {
@@ -280,7 +324,7 @@ async fn step(rolling: &Rolling, session: &mut Option<Session>) -> Result<Step> 
 }
 
 /// Why there is no way on.
-async fn stuck(rolling: &Rolling, session: &mut Option<Session>) -> Error {
+async fn stuck(rolling: &Rolling, session: &Option<Session>) -> Error {
     let Some(target) = session else {
         return protocol_error(Side::Target, "the rollback cannot go on");
     };
@@ -330,6 +374,17 @@ struct LeftAlone {
 }
 
 impl Outcome {
+    /// Of the chunk that was taken back just now.
+    async fn of_chunk(admin: &Session, run: &Run) -> Result<Outcome> {
+        let id = admin
+            .client
+            .query_one("SELECT max(rollback_id) FROM dedup.rollbacks WHERE run_id = $1", &[&run.run_id])
+            .await
+            .and_then(|row| row.try_get(0))
+            .at(Side::Target, "looking for the rollback")?;
+        Outcome::conclude(admin, id, run).await
+    }
+
     async fn conclude(admin: &Session, id: i64, run: &Run) -> Result<Outcome> {
         let doing = "finish_rollback";
         let row = admin

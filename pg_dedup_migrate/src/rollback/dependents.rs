@@ -85,15 +85,15 @@ impl Interests {
         Ok(interests)
     }
 
-    /// Who found the row that stands under this key since `written` unchanged.
-    fn by_row(&self, content: &Digest, key: &[u8], written: u64) -> Option<u64> {
+    /// Who found the row under this key unchanged.
+    fn by_row(&self, content: &Digest, key: &[u8]) -> Option<u64> {
         if self.by_row.is_empty() {
             return None;
         }
         let sought = rested_on(content, key);
         let end = self.by_row.partition_point(|(row, _)| *row <= sought);
         let (row, ordinal) = *self.by_row[..end].last()?;
-        (row == sought && ordinal > written).then_some(ordinal)
+        (row == sought).then_some(ordinal)
     }
 
     /// What becomes of the entries of one content that leave; `said` is all that the index says about it, by ordinal.
@@ -117,7 +117,7 @@ impl Interests {
                 Some(next) => Fate::Overwritten(next.ordinal),
                 None => {
                     let by_content = if stays.is_empty() { sought.take() } else { None };
-                    let by_row = || self.by_row(content, &place.key, place.ordinal);
+                    let by_row = || self.by_row(content, &place.key);
                     by_content.or_else(by_row).map_or(Fate::Goes, Fate::Rested)
                 }
             };
@@ -177,6 +177,7 @@ fn scale(rollback: &Rollback, part: &Part) -> Result<Scale> {
 fn has_later_changes(rollback: &Rollback, part: &Part) -> Result<bool> {
     required(Spi::get_one_with_args(
         "SELECT EXISTS (SELECT FROM dedup.before_images AS b WHERE b.target_id = $1 AND b.ordinal OPERATOR(pg_catalog.>) $4 \
+             AND NOT EXISTS (SELECT FROM dedup.rollback_steps AS s WHERE s.ordinal = b.ordinal AND s.undone_at IS NOT NULL) \
              AND NOT (b.run_id = $2 AND ($3::pg_catalog.text IS NULL OR b.chunk_id = $3)))",
         &[
             part.target.id.into(),
@@ -187,12 +188,18 @@ fn has_later_changes(rollback: &Rollback, part: &Part) -> Result<bool> {
     )?)
 }
 
-/// Whether rows of what is taken back have a later history of others, so that a row which looks as it was written may not be it.
+/// Whether rows of what is taken back have a later history, so that a row which looks as it was written may not be it: others changed some, or a
+/// chunk that was done again did.
 ///
 /// # Errors
 /// SPI's own.
 pub fn is_overwritten(rollback: &Rollback, parts: &[Part]) -> Result<bool> {
-    parts.iter().try_fold(false, |any, part| Ok(any || has_later_changes(rollback, part)?))
+    let again = required(Spi::get_one_with_args::<bool>(
+        "SELECT EXISTS (SELECT FROM dedup.before_images AS b JOIN dedup.ordinals AS o USING (run_id, chunk_id) \
+             WHERE b.run_id = $1 AND ($2::pg_catalog.text IS NULL OR b.chunk_id = $2) AND o.ordinal OPERATOR(pg_catalog.<) b.ordinal)",
+        &[rollback.run.into(), rollback.chunk.clone().into()],
+    )?)?;
+    parts.iter().try_fold(again, |any, part| Ok(any || has_later_changes(rollback, part)?))
 }
 
 /// Walks over the entries that leave, and what becomes of each.
@@ -249,10 +256,11 @@ pub fn refuse(rollback: &Rollback, parts: &[Part]) -> Result<()> {
                 Ok(())
             })?;
         }
-        for by in replaced(rollback, part)? {
-            *overwritten.entry(by).or_default() += 1;
-        }
+        for_each_replaced(rollback, part, |by| *overwritten.entry(by).or_default() += 1)?;
     }
+    // What became nobody's since is for the steps to leave alone.
+    let standing = others(rollback.run, rollback.chunk.as_deref(), &overwritten.keys().copied().collect())?;
+    overwritten.retain(|by, _| standing.contains(by));
     if rested.is_empty() && overwritten.is_empty() {
         return Ok(());
     }
@@ -293,61 +301,66 @@ fn by_run(finishes: &BTreeMap<u64, i64>) -> Result<Vec<(Uuid, String, i64)>> {
     })
 }
 
-/// The finishes of others that wrote rows under keys whose rows were removed by what is taken back.
-fn replaced(rollback: &Rollback, part: &Part) -> Result<Vec<u64>> {
-    let keys: Vec<Vec<u8>> = Spi::connect(|client| -> Result<_> {
-        client
-            .select(
-                "SELECT DISTINCT key FROM dedup.before_images WHERE run_id = $1 AND target_id = $2 AND action = 'delete' \
-                     AND ($3::pg_catalog.text IS NULL OR chunk_id = $3)",
-                None,
-                &[rollback.run.into(), part.target.id.into(), rollback.chunk.clone().into()],
-            )?
-            .map(|row| required(row["key"].value()?))
-            .collect()
-    })?;
-    let keys: Vec<&[u8]> = keys.iter().map(Vec::as_slice).collect();
-    let mut found: Vec<([u8; 32], Vec<u8>)> = Vec::new();
-    let Target { table, layout, key_types, .. } = &part.target;
-    rows_under(Reading::Latest, *table, layout, key_types, &keys, |_, row| {
-        let mut key = Vec::new();
-        row.write_key(&mut key)?;
-        found.push((*row.digests()?.content.as_bytes(), key));
-        Ok(())
-    })?;
-    let owners = owners(part.target.id, &found)?;
-    let standing = of_runs(&owners.iter().flatten().copied().collect())?;
-    Ok(owners
-        .into_iter()
-        .flatten()
-        .filter(|owner| !part.has(*owner) && *owner > part.oldest() && standing.contains(owner))
-        .collect())
+/// Tells the finishes of others that wrote rows under keys whose rows were removed by what is taken back.
+fn for_each_replaced(rollback: &Rollback, part: &Part, mut tell: impl FnMut(u64)) -> Result<()> {
+    /// Keys looked at together.
+    const BATCH: i64 = 20_000;
+    Spi::connect(|client| {
+        let mut cursor = client.open_cursor(
+            "SELECT key FROM dedup.before_images WHERE run_id = $1 AND target_id = $2 AND action = 'delete' \
+                 AND ($3::pg_catalog.text IS NULL OR chunk_id = $3)",
+            &[rollback.run.into(), part.target.id.into(), rollback.chunk.clone().into()],
+        );
+        loop {
+            let rows = cursor.fetch(BATCH)?;
+            if rows.is_empty() {
+                return Ok(());
+            }
+            let keys = rows.map(|row| required(row["key"].value()?)).collect::<Result<Vec<Vec<u8>>>>()?;
+            let keys: Vec<&[u8]> = keys.iter().map(Vec::as_slice).collect();
+            let mut found: Vec<(Digest, Vec<u8>)> = Vec::new();
+            let Target { table, layout, key_types, .. } = &part.target;
+            rows_under(Reading::Latest, *table, layout, key_types, &keys, |_, row| {
+                let mut key = Vec::new();
+                row.write_key(&mut key)?;
+                found.push((row.digests()?.content, key));
+                Ok(())
+            })?;
+            for owner in owners(part.target.id, &found)?.into_iter().flatten() {
+                if !part.has(owner.ordinal) && owner.ordinal > part.oldest() {
+                    tell(owner.ordinal);
+                }
+            }
+        }
+    })
 }
 
-/// Of these ordinals those of runs: rows that stood there before any are nobody's.
+/// Of these ordinals those of runs that stand, but for what is taken back: neither nobody's nor taken back before.
 ///
 /// # Errors
 /// SPI's own.
-pub fn of_runs(ordinals: &HashSet<u64>) -> Result<HashSet<u64>> {
+pub fn others(run: Uuid, chunk: Option<&str>, ordinals: &HashSet<u64>) -> Result<HashSet<u64>> {
     let ordinals: Vec<i64> = ordinals.iter().map(|o| o.cast_signed()).collect();
     Spi::connect(|client| {
         client
             .select(
-                "SELECT ordinal FROM dedup.ordinals WHERE ordinal = ANY ($1) AND run_id IS NOT NULL",
+                "SELECT o.ordinal FROM dedup.ordinals AS o WHERE o.ordinal = ANY ($1) AND o.run_id IS NOT NULL \
+                     AND NOT (o.run_id = $2 AND ($3::pg_catalog.text IS NULL OR o.chunk_id = $3)) \
+                     AND NOT EXISTS (SELECT FROM dedup.rollback_steps AS s WHERE s.ordinal = o.ordinal AND s.undone_at IS NOT NULL)",
                 None,
-                &[ordinals.into()],
+                &[ordinals.into(), run.into(), chunk.into()],
             )?
             .map(|row| Ok(required::<i64>(row["ordinal"].value()?)?.cast_unsigned()))
             .collect()
     })
 }
 
-/// Which ordinal the index has each of these rows (content, key) under, if any.
+/// What the index has of each of these rows (content, key), if anything.
 ///
 /// # Errors
 /// XX001 for a damaged block.
-pub fn owners(target: i32, rows: &[([u8; 32], Vec<u8>)]) -> Result<Vec<Option<u64>>> {
-    let mut digests: Vec<[u8; 32]> = rows.iter().map(|(digest, _)| *digest).collect();
+pub fn owners(target: i32, rows: &[(Digest, Vec<u8>)]) -> Result<Vec<Option<Place>>> {
+    let mut digests: Vec<[u8; 32]> = rows.iter().map(|(digest, _)| digest.0).collect();
     digests.sort_unstable();
     digests.dedup();
     let wanted: Vec<u32> = (0..digests.len() as u32).collect();
@@ -356,9 +369,8 @@ pub fn owners(target: i32, rows: &[([u8; 32], Vec<u8>)]) -> Result<Vec<Option<u6
     Ok(rows
         .iter()
         .map(|(digest, key)| {
-            let at = digests.binary_search(digest).ok()?;
-            let places = places.get(&(at as u32))?;
-            places.iter().find(|p| p.key == *key).map(|p| p.ordinal)
+            let at = digests.binary_search(digest.as_bytes()).ok()?;
+            places.get(&(at as u32))?.iter().find(|p| p.key == *key).cloned()
         })
         .collect())
 }
@@ -390,7 +402,7 @@ pub fn hand_over(rollback: &Rollback, part: &Part) -> Result<HandedOver> {
     let blocks = Table::open("segment_block", Access::Insert)?;
     let segments = Table::open("segment", Access::Insert)?;
     let mut writer = SegmentWriter::new(&blocks, part.target.id, 0)?;
-    let mut ordinals: HashMap<Heritage, u64> = HashMap::new();
+    let mut ordinals: HashMap<Heritage, (u64, i64)> = HashMap::new();
     let mut moved: Vec<(u64, Vec<u8>, u64)> = Vec::new();
     // Of one content: entries are written in order.
     let mut pending: Vec<(Digest, u64, Place)> = Vec::new();
@@ -407,11 +419,14 @@ pub fn hand_over(rollback: &Rollback, part: &Part) -> Result<HandedOver> {
         if pending.last().is_some_and(|(last, ..)| last != digest) {
             flush(&mut pending)?;
         }
-        let ordinal = match ordinals.get(&(heir, place.ordinal)) {
-            Some(&known) => known,
+        let ordinal = match ordinals.get_mut(&(heir, place.ordinal)) {
+            Some((known, rows)) => {
+                *rows += 1;
+                *known
+            }
             None => {
                 let ordinal = inherited_ordinal(heir, place.ordinal)?;
-                ordinals.insert((heir, place.ordinal), ordinal);
+                ordinals.insert((heir, place.ordinal), (ordinal, 1));
                 ordinal
             }
         };
@@ -424,7 +439,13 @@ pub fn hand_over(rollback: &Rollback, part: &Part) -> Result<HandedOver> {
     })?;
     flush(&mut pending)?;
     writer.finish(&segments)?;
-    handed_over.ordinals = ordinals.into_values().collect();
+    for (ordinal, rows) in ordinals.into_values() {
+        Spi::run_with_args(
+            "UPDATE dedup.ordinals SET heir_rows = $2 WHERE ordinal = $1",
+            &[ordinal.cast_signed().into(), rows.into()],
+        )?;
+        handed_over.ordinals.insert(ordinal);
+    }
     let tombstones = move_images(&moved)?;
     write_tombstones(part.target.id, tombstones)?;
     Ok(handed_over)
@@ -583,5 +604,8 @@ mod tests {
         let interests = Interests { by_content: HashMap::new(), by_row };
         let said = [place(1, false, 1), place(1, false, 2)];
         assert_eq!(fates(&interests, &said, &[1]), [(1, Fate::Rested(6)), (1, Fate::Goes)]);
+        // Whoever had it before has it still when it was handed over under a later ordinal.
+        let said = [place(9, false, 1)];
+        assert_eq!(fates(&interests, &said, &[9]), [(9, Fate::Rested(6))]);
     }
 }

@@ -52,7 +52,7 @@ pub fn undo(step: &Step) -> Result<Undone> {
         for ((content, _), count) in written {
             alone.extend((0..count).map(|_| Alone {
                 key: Vec::new(),
-                image: Vec::new(),
+                image: None,
                 written: Some(Digest(content)),
                 stands: None,
                 reason: Reason::Gone,

@@ -32,9 +32,8 @@ pub fn split(part: &Part, handed_over: &HandedOver) -> Result<()> {
     let mixed: Vec<Segment> = others
         .into_iter()
         .filter(|s| {
-            let range = s.first_ordinal.cast_unsigned()..=s.last_ordinal.cast_unsigned();
             let is_one = s.first_ordinal == s.last_ordinal;
-            part.ordinals.range(range).next().is_some() && !(is_one && inherited.is_empty())
+            part.overlaps(s) && !(is_one && inherited.is_empty())
         })
         .collect();
     for segment in &mixed {
@@ -91,7 +90,7 @@ fn take_apart(
 }
 
 /// Whether an entry was handed over: of the entries of its content and key the last one was.
-fn is_handed_over(place: &Place, said: &[Place], handed_over: &HandedOver) -> bool {
+pub fn is_handed_over(place: &Place, said: &[Place], handed_over: &HandedOver) -> bool {
     if place.tombstone
         || !said.iter().any(|p| p.key == place.key && handed_over.ordinals.contains(&p.ordinal))
     {

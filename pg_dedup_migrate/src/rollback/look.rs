@@ -1,17 +1,19 @@
 //! Which rows of a finish are still what it wrote, and whose they are where they aren't.
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
+use std::ops::ControlFlow;
 
 use pg_dedup_record::digest::Digest;
 use pg_dedup_record::record::RecordDigests;
 use pgrx::prelude::*;
 
-use super::dependents::{of_runs, owners};
-use super::undo::{Done, Plan, Step, Written, pending};
+use super::dependents::{others, owners};
+use super::undo::{Done, Image, Plan, Step, Written, content_hash, pending};
 use crate::by_key::{Reading, rows_under};
 use crate::chunk::required;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::index::Target;
-use crate::keyset::qualified_name;
+use crate::lookup;
+use crate::relation::Snapshot;
 
 /// Why a row is left alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,12 +41,12 @@ impl Reason {
 pub struct Alone {
     /// Its key; empty in a table without one.
     pub key: Vec<u8>,
-    /// The key that its before image, if there is one, is kept under.
-    pub image: Vec<u8>,
+    /// What stood there before: its image is kept.
+    pub image: Option<Image>,
     /// The content that was written; `None`: its row was removed.
     pub written: Option<Digest>,
-    /// What stands there now.
-    pub stands: Option<RecordDigests>,
+    /// The row that stands there now, with its own key, if it is nobody's.
+    pub stands: Option<(RecordDigests, Vec<u8>)>,
     /// Why.
     pub reason: Reason,
 }
@@ -56,12 +58,16 @@ pub struct Findings {
     pub alone: Vec<Alone>,
     /// Contents that others took away from a row, as they would have without what is taken back.
     pub tombstones: Vec<(Digest, u64, Vec<u8>)>,
+    /// Contents of rows of nobody's that are overwritten.
+    pub buried: Vec<(Digest, Vec<u8>)>,
 }
 
 /// A row that stands under a key of the finish.
 struct Row {
     digests: RecordDigests,
     key: Vec<u8>,
+    /// The ordinal that the index has it under.
+    owner: Option<u64>,
 }
 
 /// The next change of a row, by whomever, after the finish: its before image holds what the finish left.
@@ -73,122 +79,168 @@ struct Next {
 /// Looks at every row, and locks it; `None`: a newer finish that touched one comes first.
 ///
 /// # Errors
-/// 55006 when another run changed a row and the rollback is not forced.
+/// XX001 for damaged state.
 pub fn look<'a>(step: &Step, done: &'a Done) -> Result<Option<(Plan<'a>, Findings)>> {
-    let keys: Vec<&[u8]> = done
-        .written
-        .iter()
-        .map(|written| &written.key)
-        .chain(&done.removed)
-        .chain(&done.unknown)
-        .map(Vec::as_slice)
-        .collect();
+    let images = done.removed.iter().chain(&done.unknown).map(|image| image.key.as_slice());
+    let keys: Vec<&[u8]> = done.written.iter().map(|w| w.key.as_slice()).chain(images).collect();
     let mut found: Vec<Option<Row>> = keys.iter().map(|_| None).collect();
     let Target { table, layout, key_types, .. } = &step.target;
     rows_under(Reading::Locked, *table, layout, key_types, &keys, |n, row| {
         let mut key = Vec::new();
         row.write_key(&mut key)?;
-        found[n] = Some(Row { digests: row.digests()?, key });
+        found[n] = Some(Row { digests: row.digests()?, key, owner: None });
         Ok(())
     })?;
-    let is_written = |n: usize| {
-        let row = found[n].as_ref();
-        done.written.get(n).is_some_and(|w| row.is_some_and(|r| r.digests.row.short() == w.row_digest))
-    };
-    // Where nobody else has changed rows of the target since, one that looks as it was written is it.
-    let doubtful: Vec<usize> = (0..keys.len()).filter(|&n| step.overwritten || !is_written(n)).collect();
+    // Where nobody has changed rows of the target since, one that looks as it was written is it.
+    let doubtful: Vec<usize> =
+        (0..keys.len()).filter(|&n| step.overwritten || !is_written(done, n, found[n].as_ref())).collect();
+    name_owners(step, &doubtful, &mut found)?;
     let next = next_changes(step, &doubtful.iter().map(|&n| keys[n]).collect::<Vec<_>>())?;
-    let standing: Vec<([u8; 32], Vec<u8>)> = doubtful
-        .iter()
-        .filter_map(|&n| found[n].as_ref())
-        .map(|row| (row.digests.content.0, row.key.clone()))
-        .collect();
-    let owners = owners(step.target.id, &standing)?;
-    let mut owner_of: HashMap<&[u8], u64> = HashMap::new();
-    for ((_, key), owner) in standing.iter().zip(owners) {
-        if let Some(owner) = owner {
-            owner_of.insert(key, owner);
-        }
-    }
-    let later: HashSet<u64> = next
-        .values()
-        .map(|next| next.ordinal)
-        .chain(owner_of.values().copied())
-        .filter(|&ordinal| ordinal > step.ordinal)
-        .collect();
+    let owners = doubtful.iter().filter_map(|&n| found[n].as_ref()?.owner);
+    let known: HashSet<u64> = next.values().map(|next| next.ordinal).chain(owners).collect();
+    let later = known.iter().copied().filter(|&ordinal| ordinal > step.ordinal).collect();
     if !pending(step, &later)?.is_empty() {
         return Ok(None);
     }
-    let others = of_runs(&later)?;
-
-    let mut plan = Plan::default();
-    let mut findings = Findings::default();
-    let doubtful: HashSet<usize> = doubtful.into_iter().collect();
-    for (n, &key) in keys.iter().enumerate() {
+    let others = others(step.run, step.only_chunk.as_deref(), &known)?;
+    let mut judge = Judge { step, others, plan: Plan::default(), findings: Findings::default() };
+    for (n, key) in keys.iter().enumerate() {
         let row = found[n].as_ref();
-        let next = next.get(key).filter(|_| doubtful.contains(&n));
-        let owner = row.and_then(|row| owner_of.get(row.key.as_slice())).copied();
-        let Some(written) = done.written.get(n) else {
-            // The finish removed a row, or replaced one by what the index does not know.
-            let removed = n < done.written.len() + done.removed.len();
-            let alone = |reason| Alone {
-                key: key.to_vec(),
-                image: key.to_vec(),
-                written: None,
-                stands: row.map(|row| row.digests),
-                reason,
-            };
-            match (row, owner.filter(|owner| others.contains(owner))) {
-                (Some(_), Some(owner)) if next.is_none() => {
-                    refuse_theirs(step)?;
-                    findings.tombstones.push(give_image(step, key, owner)?);
+        let next = next.get(*key);
+        let gone = n.checked_sub(done.written.len());
+        match gone.map(|n| done.removed.get(n).ok_or_else(|| &done.unknown[n - done.removed.len()])) {
+            None => judge.written(&done.written[n], row, next, is_written(done, n, row))?,
+            Some(Ok(image)) => judge.removed(image, row, next, true)?,
+            Some(Err(image)) => judge.removed(image, row, next, false)?,
+        }
+    }
+    Ok(Some((judge.plan, judge.findings)))
+}
+
+/// Whether a row looks as the finish wrote it.
+fn is_written(done: &Done, n: usize, row: Option<&Row>) -> bool {
+    done.written.get(n).zip(row).is_some_and(|(written, row)| row.digests.row.short() == written.row_digest)
+}
+
+/// Decides row by row.
+struct Judge<'a, 's> {
+    step: &'s Step,
+    /// Finishes of other runs that stand.
+    others: HashSet<u64>,
+    plan: Plan<'a>,
+    findings: Findings,
+}
+
+impl<'a> Judge<'a, '_> {
+    /// Is the row another run's by now?
+    fn is_theirs(&self, row: Option<&Row>) -> bool {
+        row.and_then(|row| row.owner).is_some_and(|owner| self.others.contains(&owner))
+    }
+
+    fn written(
+        &mut self,
+        written: &'a Written,
+        row: Option<&Row>,
+        next: Option<&Next>,
+        is_written: bool,
+    ) -> Result<()> {
+        let changed_by = next.filter(|n| self.others.contains(&n.ordinal) && n.content == written.content);
+        if let (Some(next), true) = (changed_by, self.step.forced) {
+            self.findings.tombstones.extend(pass_on(self.step, written, next.ordinal)?);
+            return Ok(());
+        }
+        let theirs = changed_by.is_some() || self.is_theirs(row);
+        let image = written.replaced.as_ref();
+        match row {
+            Some(row) if !theirs && (is_written || self.step.forced) => {
+                self.overwrite(row, image.map(|image| image.content));
+                match image {
+                    Some(image) => self.plan.update.push(&image.key),
+                    None => self.plan.delete.push((&written.key, None)),
                 }
-                (None, _) if removed || step.forced => plan.insert.push(key),
-                (Some(_), _) if step.forced => plan.update.push(key),
-                (Some(_), _) if removed => findings.alone.push(alone(Reason::Occupied)),
-                (Some(_), _) => findings.alone.push(alone(Reason::Changed)),
-                (None, _) => findings.alone.push(alone(Reason::Gone)),
             }
-            continue;
-        };
-        if let Some(next) =
-            next.filter(|next| others.contains(&next.ordinal) && next.content == written.content)
-        {
-            refuse_theirs(step)?;
-            findings.tombstones.extend(pass_on(step, written, next.ordinal)?);
-            continue;
+            None if self.step.forced && image.is_some() && !theirs => {
+                self.plan.insert.extend(image.map(|image| image.key.as_slice()));
+            }
+            _ => {
+                let reason = if row.is_some() { Reason::Changed } else { Reason::Gone };
+                self.leave(&written.key, image, Some(written.content), row, theirs, reason);
+            }
         }
-        let alone = |reason| Alone {
-            key: key.to_vec(),
-            image: written.replaced.clone().unwrap_or_default(),
-            written: Some(written.content),
-            stands: row.map(|row| row.digests),
-            reason,
-        };
-        match (row, &written.replaced) {
-            (Some(_), Some(image)) if is_written(n) || step.forced => plan.update.push(image),
-            (Some(_), None) if is_written(n) || step.forced => plan.delete.push((key, None)),
-            (None, Some(image)) if step.forced => plan.insert.push(image),
-            (Some(_), _) => findings.alone.push(alone(Reason::Changed)),
-            (None, _) => findings.alone.push(alone(Reason::Gone)),
+        Ok(())
+    }
+
+    /// A row that the finish removed, or replaced by what the index does not know.
+    fn removed(
+        &mut self,
+        image: &'a Image,
+        row: Option<&Row>,
+        next: Option<&Next>,
+        removed: bool,
+    ) -> Result<()> {
+        let theirs = self.is_theirs(row);
+        match row {
+            None if removed || self.step.forced => self.plan.insert.push(&image.key),
+            Some(row) if theirs && self.step.forced => {
+                let first = first_after(self.step, &image.key, next, row.owner.unwrap_or_default())?;
+                self.findings.tombstones.push(give_image(self.step, &image.key, first)?);
+            }
+            Some(row) if self.step.forced => {
+                self.overwrite(row, Some(image.content));
+                self.plan.update.push(&image.key);
+            }
+            _ => {
+                let reason = match row {
+                    None => Reason::Gone,
+                    Some(_) if removed => Reason::Occupied,
+                    Some(_) => Reason::Changed,
+                };
+                self.leave(&image.key, Some(image), None, row, theirs, reason);
+            }
+        }
+        Ok(())
+    }
+
+    /// What the index says of a row that somebody put there is true no longer.
+    fn overwrite(&mut self, row: &Row, becomes: Option<Digest>) {
+        // What the run itself wrote goes with its own entries.
+        if row.owner.is_some_and(|owner| owner > self.step.ordinal) && becomes != Some(row.digests.content) {
+            self.findings.buried.push((row.digests.content, row.key.clone()));
         }
     }
-    Ok(Some((plan, findings)))
-}
 
-/// What another run changed is its own, unless the rollback is forced.
-fn refuse_theirs(step: &Step) -> Result<()> {
-    if step.forced {
-        return Ok(());
+    fn leave(
+        &mut self,
+        key: &[u8],
+        image: Option<&Image>,
+        written: Option<Digest>,
+        row: Option<&Row>,
+        theirs: bool,
+        reason: Reason,
+    ) {
+        // What is another run's has its entry.
+        let stands = row.filter(|_| !theirs).map(|row| (row.digests, row.key.clone()));
+        self.findings.alone.push(Alone { key: key.to_vec(), image: image.cloned(), written, stands, reason });
     }
-    Err(Error::new(
-        PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
-        format!("another run changed rows of {}", qualified_name(step.target.table)),
-    )
-    .hint("Roll that run back first, or force it."))
 }
 
-/// The next change of each of these rows after the finish.
+/// Looks up under which ordinals the index has these rows.
+fn name_owners(step: &Step, doubtful: &[usize], found: &mut [Option<Row>]) -> Result<()> {
+    let standing: Vec<usize> = doubtful.iter().copied().filter(|&n| found[n].is_some()).collect();
+    let rows: Vec<(Digest, Vec<u8>)> = standing
+        .iter()
+        .filter_map(|&n| found[n].as_ref())
+        .map(|row| (row.digests.content, row.key.clone()))
+        .collect();
+    for (n, place) in standing.into_iter().zip(owners(step.target.id, &rows)?) {
+        if let Some(row) = &mut found[n] {
+            row.owner = place.map(|place| place.ordinal);
+        }
+    }
+    Ok(())
+}
+
+/// The next change of each of these rows after the finish, but for changes that were taken back before.
 fn next_changes(step: &Step, keys: &[&[u8]]) -> Result<BTreeMap<Vec<u8>, Next>> {
     if keys.is_empty() {
         return Ok(BTreeMap::new());
@@ -199,25 +251,19 @@ fn next_changes(step: &Step, keys: &[&[u8]]) -> Result<BTreeMap<Vec<u8>, Next>> 
             .select(
                 "SELECT DISTINCT ON (b.key) b.key, b.ordinal, b.content_hash \
                  FROM dedup.before_images AS b JOIN pg_catalog.unnest($3) AS k(key) USING (key) \
-                 WHERE b.target_id = $1 AND b.ordinal OPERATOR(pg_catalog.>) $2 ORDER BY b.key, b.ordinal",
+                 WHERE b.target_id = $1 AND b.ordinal OPERATOR(pg_catalog.>) $2 \
+                     AND NOT EXISTS (SELECT FROM dedup.rollback_steps AS s WHERE s.ordinal = b.ordinal AND s.undone_at IS NOT NULL) \
+                 ORDER BY b.key, b.ordinal",
                 None,
                 &[step.target.id.into(), step.ordinal.cast_signed().into(), keys.into()],
             )?
             .map(|row| {
                 let ordinal: i64 = required(row["ordinal"].value()?)?;
-                let next = Next {
-                    ordinal: ordinal.cast_unsigned(),
-                    content: content_hash(row["content_hash"].value()?)?,
-                };
-                Ok((required(row["key"].value()?)?, next))
+                let content = content_hash(row["content_hash"].value()?)?;
+                Ok((required(row["key"].value()?)?, Next { ordinal: ordinal.cast_unsigned(), content }))
             })
             .collect()
     })
-}
-
-fn content_hash(bytes: Option<Vec<u8>>) -> Result<Digest> {
-    Digest::from_slice(&required(bytes)?)
-        .ok_or_else(|| Error::corrupted("a before image's content hash is not 32 bytes"))
 }
 
 /// Another run changed the row afterwards: what it found there is what stood there before the finish. Returns what it took away then.
@@ -230,19 +276,36 @@ fn pass_on(step: &Step, written: &Written, next: u64) -> Result<Option<(Digest, 
         )?;
         return Ok(None);
     };
-    let before = Spi::get_one_with_args::<Vec<u8>>(
-        "UPDATE dedup.before_images AS n SET key = b.key, image = b.image, content_hash = b.content_hash, full_row = b.full_row \
-         FROM dedup.before_images AS b WHERE n.ordinal = $1 AND n.key = $2 AND b.ordinal = $3 AND b.key = $4 RETURNING n.content_hash",
-        &[next_ordinal.into(), key.into(), step.ordinal.cast_signed().into(), image.clone().into()],
+    Spi::run_with_args(
+        "UPDATE dedup.before_images AS n \
+         SET key = b.key, image = b.image, content_hash = b.content_hash, other_columns = b.other_columns, \
+             layout_ordinal = coalesce(b.layout_ordinal, b.ordinal) \
+         FROM dedup.before_images AS b WHERE n.ordinal = $1 AND n.key = $2 AND b.ordinal = $3 AND b.key = $4",
+        &[next_ordinal.into(), key.into(), step.ordinal.cast_signed().into(), image.key.clone().into()],
     )?;
-    Ok(Some((content_hash(before)?, next, image.clone())))
+    Ok(Some((image.content, next, image.key.clone())))
+}
+
+/// The first finish that wrote a row in the place of one that was removed; `last` wrote the one that stands there.
+fn first_after(step: &Step, key: &[u8], next: Option<&Next>, last: u64) -> Result<u64> {
+    // The next change found what the first one had written.
+    let Some(next) = next else { return Ok(last) };
+    let mut first = next.ordinal;
+    let digest = [next.content.0];
+    lookup::for_each_hit(step.target.id, &digest, &[0], 0, &Snapshot::latest(), |_, entry| {
+        if !entry.stamp.tombstone && entry.key == key && entry.stamp.ordinal > step.ordinal {
+            first = first.min(entry.stamp.ordinal);
+        }
+        Ok(ControlFlow::Continue(()))
+    })?;
+    Ok(first)
 }
 
 /// Another run wrote a row where the finish had removed one: it replaced what stood there before. Returns what it took away then.
 fn give_image(step: &Step, key: &[u8], owner: u64) -> Result<(Digest, u64, Vec<u8>)> {
     let before = Spi::get_one_with_args::<Vec<u8>>(
-        "INSERT INTO dedup.before_images (ordinal, target_id, run_id, chunk_id, action, key, content_hash, image, full_row) \
-         SELECT o.ordinal, b.target_id, o.run_id, o.chunk_id, 'update', b.key, b.content_hash, b.image, b.full_row \
+        "INSERT INTO dedup.before_images (ordinal, target_id, run_id, chunk_id, action, key, content_hash, image, other_columns, layout_ordinal) \
+         SELECT o.ordinal, b.target_id, o.run_id, o.chunk_id, 'update', b.key, b.content_hash, b.image, b.other_columns, coalesce(b.layout_ordinal, b.ordinal) \
          FROM dedup.before_images AS b, dedup.ordinals AS o WHERE b.ordinal = $1 AND b.key = $2 AND o.ordinal = $3 RETURNING content_hash",
         &[step.ordinal.cast_signed().into(), key.to_vec().into(), owner.cast_signed().into()],
     )?;

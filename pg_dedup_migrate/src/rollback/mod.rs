@@ -31,6 +31,10 @@ use crate::chunk::required;
 use crate::error::{Error, Result};
 use crate::index::Target;
 use crate::indexing::{lock_exclusively, refuse_row_security};
+use crate::keyset::qualified_name;
+use crate::relation::Snapshot;
+use crate::segment::{self, Segment};
+use dependents::HandedOver;
 
 /// A row of `dedup.rollbacks`.
 struct Rollback {
@@ -95,10 +99,12 @@ impl Part {
         })?;
         // Locked before anything is read of them: what a chunk in flight writes is seen.
         numbers.iter().try_for_each(|&number| lock_exclusively(number))?;
+        refuse_second(rollback, &numbers)?;
         numbers
             .into_iter()
             .map(|number| {
                 let target = Target::by_id(number)?;
+                refuse_dropped(&target)?;
                 refuse_row_security(target.table, "would stay behind")?;
                 Spi::run_with_args("SELECT dedup.refuse_replaced($1)", &[number.into()])?;
                 let ordinals = ordinals(rollback.run, rollback.chunk.as_deref(), number)?;
@@ -114,6 +120,12 @@ impl Part {
     fn has(&self, ordinal: u64) -> bool {
         self.ordinals.contains(&ordinal)
     }
+
+    /// May the segment hold entries that leave?
+    fn overlaps(&self, segment: &Segment) -> bool {
+        let range = segment.first_ordinal.cast_unsigned()..=segment.last_ordinal.cast_unsigned();
+        self.ordinals.range(range).next().is_some()
+    }
 }
 
 fn ordinals(run: Uuid, chunk: Option<&str>, target: i32) -> Result<BTreeSet<u64>> {
@@ -127,6 +139,61 @@ fn ordinals(run: Uuid, chunk: Option<&str>, target: i32) -> Result<BTreeSet<u64>
             .map(|row| Ok(required::<i64>(row["ordinal"].value()?)?.cast_unsigned()))
             .collect()
     })
+}
+
+/// Rows are taken out of a table by one rollback at a time.
+fn refuse_second(rollback: &Rollback, targets: &[i32]) -> Result<()> {
+    let other = Spi::get_one_with_args::<String>(
+        "SELECT pg_catalog.min(r.run_id::pg_catalog.text) FROM dedup.runs AS r JOIN dedup.run_tables AS t USING (run_id) \
+         WHERE r.status = 'rolling_back' AND r.run_id <> $1 AND t.target_id = ANY ($2)",
+        &[rollback.run.into(), targets.to_vec().into()],
+    )?;
+    let Some(other) = other else { return Ok(()) };
+    Err(Error::new(
+        PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
+        format!("run {other} is being rolled back from the same tables"),
+    )
+    .hint(format!("CALL dedup.rollback_run_in_chunks('{other}') goes on with it.")))
+}
+
+fn refuse_dropped(target: &Target) -> Result<()> {
+    let stands = Spi::get_one_with_args::<bool>(
+        "SELECT EXISTS (SELECT FROM pg_catalog.pg_class AS c WHERE c.oid = $1)",
+        &[target.table.into()],
+    )?;
+    if stands == Some(true) {
+        return Ok(());
+    }
+    Err(Error::new(
+        PgSqlErrorCode::ERRCODE_UNDEFINED_TABLE,
+        format!("target {} of the run no longer exists", target.id),
+    ))
+}
+
+/// An index that does not know the rows (it was forgotten, or made anew in a restored database) would make the rollback end having done nothing.
+fn refuse_unknown(rollback: &Rollback, part: &Part) -> Result<()> {
+    let snapshot = Snapshot::latest();
+    let known = segment::segments_of(part.target.id, &snapshot)?.iter().any(|s| part.overlaps(s));
+    if known || rollback.forced {
+        return Ok(());
+    }
+    let written = Spi::get_one_with_args::<i64>(
+        "SELECT coalesce(pg_catalog.sum(c.inserted_count OPERATOR(pg_catalog.+) c.updated_count), 0)::pg_catalog.int8 \
+         FROM dedup.checkpoints AS c JOIN dedup.run_tables AS t USING (run_id, table_id) \
+         WHERE c.run_id = $1 AND t.target_id = $2 AND ($3::pg_catalog.text IS NULL OR c.chunk_id = $3) \
+             AND NOT EXISTS (SELECT FROM dedup.rollback_steps AS s WHERE s.ordinal = c.ordinal AND s.undone_at IS NOT NULL)",
+        &[rollback.run.into(), part.target.id.into(), rollback.chunk.clone().into()],
+    )?;
+    if written.unwrap_or_default() == 0 {
+        return Ok(());
+    }
+    let name = qualified_name(part.target.table);
+    Err(Error::state(format!(
+        "the hash index of {name} knows none of the rows that {} wrote",
+        rollback.name()
+    ))
+    .detail("It was made anew since, from rows of which it could not tell who wrote them.")
+    .hint("If the rows are gone anyway, force the rollback: it takes back what is known."))
 }
 
 /// The finishes that a step without keys takes back.
@@ -158,19 +225,21 @@ fn prepare(id: i64) -> Result<i64> {
     refuse_strict_isolation()?;
     let rollback = Rollback::load(id)?;
     let parts = Part::of(&rollback)?;
+    parts.iter().try_for_each(|part| refuse_unknown(&rollback, part))?;
     dependents::refuse(&rollback, &parts)?;
-    referenced::refuse(&rollback, &parts)?;
-    let mut kept = 0;
-    for part in &parts {
-        let handed_over = if rollback.forced {
-            dependents::hand_over(&rollback, part)?
-        } else {
-            dependents::HandedOver::default()
-        };
-        layout::split(part, &handed_over)?;
-        kept += handed_over.rows;
+    let handed_over = parts
+        .iter()
+        .map(|part| match rollback.forced {
+            true => dependents::hand_over(&rollback, part),
+            false => Ok(HandedOver::default()),
+        })
+        .collect::<Result<Vec<_>>>()?;
+    referenced::refuse(&rollback, &parts, &handed_over)?;
+    for (part, handed_over) in parts.iter().zip(&handed_over) {
+        layout::split(part, handed_over)?;
         list_steps(&rollback, part)?;
     }
+    let kept: i64 = handed_over.iter().map(|h| h.rows).sum();
     Spi::run_with_args(
         "UPDATE dedup.rollbacks SET kept_count = $2, is_overwritten = $3 WHERE rollback_id = $1",
         &[id.into(), kept.into(), dependents::is_overwritten(&rollback, &parts)?.into()],
@@ -187,7 +256,8 @@ fn list_steps(rollback: &Rollback, part: &Part) -> Result<()> {
     Ok(Spi::run_with_args(
         "INSERT INTO dedup.rollback_steps (rollback_id, ordinal, target_id, table_id, chunk_id) \
          SELECT $1, o.ordinal, o.target_id, c.table_id, o.chunk_id \
-         FROM dedup.ordinals AS o JOIN dedup.checkpoints AS c USING (run_id, chunk_id) WHERE o.ordinal = ANY ($2)",
+         FROM dedup.ordinals AS o JOIN dedup.checkpoints AS c USING (run_id, chunk_id) WHERE o.ordinal = ANY ($2) \
+             AND NOT EXISTS (SELECT FROM dedup.rollback_steps AS s WHERE s.ordinal = o.ordinal AND s.undone_at IS NOT NULL)",
         &[rollback.id.into(), ordinals.into()],
     )?)
 }

@@ -1,14 +1,20 @@
 //! Foreign keys that point at rows which are to be deleted.
-use pg_dedup_record::block::Stamp;
+use pg_dedup_record::digest::Digest;
+use pg_dedup_record::layout::Layout;
+use pgrx::JsonB;
 use pgrx::prelude::*;
 
-use super::dependents::{keys_with_images, owners, subject};
+use super::dependents::{HandedOver, keys_with_images, owners, subject};
+use super::layout::is_handed_over;
 use super::{Part, Rollback};
 use crate::chunk::required;
 use crate::error::{Error, Result};
+use crate::hash::layout::stored_layout;
 use crate::hash::rows;
 use crate::index::Target;
+use crate::indexing::refuse_row_security;
 use crate::keyset::{KeyTypes, column_list, qualified_name};
+use crate::lookup::Place;
 use crate::merge::Merge;
 use crate::planning::ByIndex;
 use crate::references::{self, Reference, Which};
@@ -24,17 +30,21 @@ const NAMED: usize = 5;
 ///
 /// # Errors
 /// 23503 naming constraints and keys.
-pub fn refuse(rollback: &Rollback, parts: &[Part]) -> Result<()> {
+pub fn refuse(rollback: &Rollback, parts: &[Part], handed_over: &[HandedOver]) -> Result<()> {
     let mut complaints: Vec<String> = Vec::new();
-    for part in parts.iter().filter(|part| !part.target.layout.key.is_empty()) {
+    for (part, handed_over) in parts.iter().zip(handed_over) {
         let references = references::of(part.target.table, Which::All)?;
-        if references.is_empty() {
+        // What is hidden would be changed along: the server follows foreign keys past row security.
+        for reference in &references {
+            refuse_row_security(reference.table, "could be lost with the row it points at")?;
+        }
+        if references.is_empty() || part.target.layout.key.is_empty() {
             continue;
         }
         let mut found: Vec<(usize, String)> = Vec::new();
-        for_each_batch(rollback, part, |keys| {
+        for_each_batch(rollback, part, handed_over, |keys| {
             for (n, reference) in references.iter().enumerate() {
-                for key in pointed_at(part, reference, parts, keys)? {
+                for key in pointed_at(rollback, part, reference, parts, keys)? {
                     found.push((n, part.target.key_types.query_string(&key)?));
                 }
             }
@@ -71,21 +81,24 @@ pub fn refuse(rollback: &Rollback, parts: &[Part]) -> Result<()> {
 fn for_each_batch(
     rollback: &Rollback,
     part: &Part,
+    handed_over: &HandedOver,
     mut visit: impl FnMut(&[Vec<u8>]) -> Result<()>,
 ) -> Result<()> {
     let snapshot = Snapshot::latest();
     let blocks = Table::open("segment_block", Access::Read)?;
     let mut segments = segment::segments_of(part.target.id, &snapshot)?;
-    segments.retain(|s| {
-        part.ordinals.range(s.first_ordinal.cast_unsigned()..=s.last_ordinal.cast_unsigned()).next().is_some()
-    });
+    segments.retain(|s| part.overlaps(s) || handed_over.ordinals.contains(&s.last_ordinal.cast_unsigned()));
     // A row with a before image stood there before.
     let images = keys_with_images(rollback, part)?;
     let mut batch: Vec<Vec<u8>> = Vec::with_capacity(BATCH);
-    Merge::new(&blocks, &segments, &snapshot)?.for_each(|entry| {
-        let Stamp { ordinal, tombstone } = entry.stamp;
-        if part.has(ordinal) && !tombstone && !images.contains(&subject(ordinal, entry.key)) {
-            batch.push(entry.key.to_vec());
+    Merge::new(&blocks, &segments, &snapshot)?.for_each_content(|_, said, _| {
+        for place in said.iter().filter(|p| part.has(p.ordinal) && !p.tombstone) {
+            if images.contains(&subject(place.ordinal, &place.key))
+                || is_handed_over(place, said, handed_over)
+            {
+                continue;
+            }
+            batch.push(place.key.clone());
             if batch.len() == BATCH {
                 visit(&batch)?;
                 batch.clear();
@@ -97,7 +110,13 @@ fn for_each_batch(
 }
 
 /// Those of the keys whose rows are pointed at by rows that stay as they are.
-fn pointed_at(part: &Part, reference: &Reference, parts: &[Part], keys: &[Vec<u8>]) -> Result<Vec<Vec<u8>>> {
+fn pointed_at(
+    rollback: &Rollback,
+    part: &Part,
+    reference: &Reference,
+    parts: &[Part],
+    keys: &[Vec<u8>],
+) -> Result<Vec<Vec<u8>>> {
     let keys: Vec<&[u8]> = keys.iter().map(Vec::as_slice).collect();
     if keys.is_empty() {
         return Ok(Vec::new());
@@ -113,7 +132,12 @@ fn pointed_at(part: &Part, reference: &Reference, parts: &[Part], keys: &[Vec<u8
         reference.referencing,
         reference.matches
     );
-    let Some(other) = parts.iter().find(|other| other.target.table == reference.table) else {
+    let root = Spi::get_one_with_args::<pgrx::pg_sys::Oid>(
+        "SELECT coalesce(pg_catalog.pg_partition_root($1)::pg_catalog.oid, $1)",
+        &[reference.table.into()],
+    )?;
+    let other = parts.iter().find(|o| o.target.table == reference.table || Some(o.target.table) == root);
+    let Some(other) = other else {
         return Spi::connect(|client| {
             client
                 .select(&format!("SELECT DISTINCT k.n FROM {from} ORDER BY k.n"), None, &arguments)?
@@ -121,27 +145,41 @@ fn pointed_at(part: &Part, reference: &Reference, parts: &[Part], keys: &[Vec<u8
                 .collect()
         });
     };
-    // The referencing table is a target, too: its rows may leave as well.
-    let mut rows: Vec<([u8; 32], Vec<u8>)> = Vec::new();
-    let mut at: Vec<usize> = Vec::new();
-    let query = format!("SELECT {}, k.n FROM {from}", column_list(&other.target.layout, "r"));
-    rows::scan(&query, &arguments, &other.target.layout, 1, |row| {
+    // The referencing table is a target, too: its rows may leave as well, if they are what was written.
+    let layout = delivered(rollback, other)?;
+    let mut rows: Vec<(Digest, Vec<u8>)> = Vec::new();
+    let mut at: Vec<(usize, [u8; Digest::SHORT_LEN])> = Vec::new();
+    let query = format!("SELECT {}, k.n FROM {from}", column_list(&layout, "r"));
+    rows::scan(&query, &arguments, &layout, 1, |row| {
         let mut key = Vec::new();
         row.write_key(&mut key)?;
-        rows.push((*row.digests()?.content.as_bytes(), key));
-        at.push(required(row.trailing::<i64>(0)?)? as usize - 1);
+        let digests = row.digests()?;
+        rows.push((digests.content, key));
+        at.push((required(row.trailing::<i64>(0)?)? as usize - 1, digests.row.short()));
         Ok(())
     })?;
     let owners = owners(other.target.id, &rows)?;
+    let leaves = |place: Option<Place>, row: [u8; Digest::SHORT_LEN]| {
+        place.is_some_and(|p| other.has(p.ordinal) && (rollback.forced || p.row_digest == row))
+    };
     let mut found: Vec<usize> = at
         .into_iter()
         .zip(owners)
-        .filter(|(_, owner)| !owner.is_some_and(|owner| other.has(owner)))
-        .map(|(n, _)| n)
+        .filter(|((_, row), place)| !leaves(place.clone(), *row))
+        .map(|((n, _), _)| n)
         .collect();
     found.sort_unstable();
     found.dedup();
     Ok(found.into_iter().map(|n| keys[n].to_vec()).collect())
+}
+
+/// The columns that the run delivered to a target; its sources mostly deliver the same.
+fn delivered(rollback: &Rollback, part: &Part) -> Result<Layout> {
+    let layout = Spi::get_one_with_args::<JsonB>(
+        "SELECT layout FROM dedup.run_tables WHERE run_id = $1 AND target_id = $2 ORDER BY table_id LIMIT 1",
+        &[rollback.run.into(), part.target.id.into()],
+    )?;
+    stored_layout(required(layout)?)
 }
 
 /// Refuses to delete rows that other rows point at, as things are now; the rows are locked, so that none comes to.

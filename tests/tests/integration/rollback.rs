@@ -719,3 +719,398 @@ async fn the_script_of_a_dba() {
         assert_eq!(db.column("SELECT label FROM public.records").await, ["app"]);
     }
 }
+
+/// Every entry of the index has its row, and every row its entry.
+async fn assert_index_is_true(db: &Db) {
+    assert_entries_have_rows(db).await;
+    let rows: i64 = db.one("SELECT count(*) FROM public.notes").await;
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM dedup.hash_index('public.notes')").await, rows);
+}
+
+/// Nothing is a duplicate of a row that is gone.
+async fn assert_entries_have_rows(db: &Db) {
+    let differ = db
+        .column(
+            "(SELECT h.target_location_uri || ' ' || encode(h.content_hash, 'hex') AS place FROM dedup.hash_index('public.notes') AS h) EXCEPT \
+             SELECT 'postgres:///it/public.notes?id=' || t.id || ' ' || encode(dedup.content_hash(t.body), 'hex') FROM public.notes AS t",
+        )
+        .await;
+    assert!(differ.is_empty(), "entries without a row: {differ:?}");
+}
+
+/// What a run would have put back and didn't stands nowhere: a later record with that content is written.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_lost_to_rows_left_alone() {
+    let pair = notes("VALUES (1, 'X1', 'a'), (2, 'X2', 'a'), (3, 'X3', 'a'), (4, 'X3', 'a')").await;
+    let db = &pair.target;
+    db.exec("INSERT INTO public.notes VALUES (1, 'P1', 'p'), (2, 'P2', 'p'), (3, 'X3', 'p'), (4, 'P4', 'p')")
+        .await;
+    let run = run_of(&pair, "notes").await;
+    db.exec("UPDATE public.notes SET body = 'app' WHERE id = 1; DELETE FROM public.notes WHERE id = 2; INSERT INTO public.notes VALUES (4, 'app4', 'q')").await;
+    db.exec(&format!("SELECT dedup.rollback_run('{run}')")).await;
+    assert_eq!(
+        db.column("SELECT reason FROM dedup.left_alone ORDER BY 1").await,
+        ["changed", "gone", "occupied"]
+    );
+    assert_index_is_true(db).await;
+    pair.source
+        .exec("INSERT INTO public.others VALUES (11, 'P1', 'c'), (12, 'P2', 'c'), (14, 'P4', 'c')")
+        .await;
+    run_of(&pair, "others").await;
+    let written = db.column("SELECT body FROM public.notes WHERE id > 10 ORDER BY 1").await;
+    assert_eq!(written, ["P1", "P2", "P4"]);
+}
+
+/// Rows that were kept for one run are still rested on by the others.
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_are_handed_on_as_long_as_somebody_rests_on_them() {
+    let pair = notes("SELECT n, 'body ' || n, 'a' FROM generate_series(1, 100) AS n").await;
+    let db = &pair.target;
+    let (a, b, c) =
+        (run_of(&pair, "notes").await, run_of(&pair, "notes").await, run_of(&pair, "notes").await);
+    db.exec(&format!("SELECT dedup.rollback_run('{a}', true)")).await;
+    let heir: String = db.one("SELECT DISTINCT run_id::text FROM dedup.hash_index('public.notes')").await;
+    let other = if heir == b { &c } else { &b };
+    refused(db, &format!("SELECT dedup.rollback_run('{heir}')"), "55006", &[other, "rest on 100"]).await;
+    let seen: i64 = db.one(&format!("SELECT rows_to_delete FROM dedup.rollback_preview('{heir}')")).await;
+    assert_eq!(seen, 100, "the preview of what was handed over");
+    db.exec(&format!("SELECT dedup.rollback_run('{heir}', true); SELECT dedup.rollback_run('{other}')"))
+        .await;
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM public.notes").await, 0);
+}
+
+/// A row that another run wrote where somebody had deleted or changed this run's is the other's.
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_of_others_are_theirs_whoever_came_between() {
+    for (app, after_a) in [
+        ("DELETE FROM public.notes", true),
+        ("UPDATE public.notes SET body = 'Z'", true),
+        ("DELETE FROM public.notes", false),
+    ] {
+        for force in [false, true] {
+            let pair = notes("VALUES (1, 'X', 'a')").await;
+            let db = &pair.target;
+            if !after_a {
+                db.exec("INSERT INTO public.notes VALUES (1, 'P', 'p')").await;
+            }
+            let a = run_of(&pair, "notes").await;
+            db.exec(app).await;
+            pair.source.exec("UPDATE public.notes SET body = 'Y'").await;
+            let b = run_of(&pair, "notes").await;
+            db.exec(&format!("SELECT dedup.rollback_run('{a}', {force})")).await;
+            assert_eq!(db.column("SELECT body FROM public.notes").await, ["Y"], "{app} {force}");
+            assert_index_is_true(db).await;
+            assert_eq!(
+                db.one::<String>("SELECT run_id::text FROM dedup.hash_index('public.notes')").await,
+                b
+            );
+            db.exec(&format!("SELECT dedup.rollback_run('{b}')")).await;
+            assert_entries_have_rows(db).await;
+        }
+    }
+}
+
+/// A removes a row, B writes one in its place, C changes that: without A, B has changed what A had removed.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_runs_in_the_place_of_a_removed_row() {
+    let pair = notes("VALUES (1, 'X', 'a'), (2, 'X', 'a')").await;
+    let db = &pair.target;
+    db.exec("ALTER TABLE public.notes ADD own text DEFAULT 'new'; INSERT INTO public.notes VALUES (1, 'X', 'a', 'own1'), (2, 'P', 'p', 'own2')").await;
+    let before = rows(db, "public.notes").await;
+    let a = run_of(&pair, "notes").await;
+    pair.source.exec("INSERT INTO public.others VALUES (2, 'Z', 'b')").await;
+    let b = run_of(&pair, "others").await;
+    pair.source.exec("UPDATE public.others SET body = 'W'").await;
+    let c = run_of(&pair, "others").await;
+    db.exec(&format!("SELECT dedup.rollback_run('{a}', true)")).await;
+    assert_eq!(db.column("SELECT body FROM public.notes ORDER BY id").await, ["X", "W"]);
+    assert_index_is_true(db).await;
+    db.exec(&format!("SELECT dedup.rollback_run('{c}'); SELECT dedup.rollback_run('{b}')")).await;
+    assert_eq!(rows(db, "public.notes").await, before);
+    assert_index_is_true(db).await;
+}
+
+/// Rows that row security hides would be deleted along with the row they point at.
+#[tokio::test(flavor = "multi_thread")]
+async fn hidden_references_are_refused() {
+    let pair = notes("SELECT n, 'body ' || n, 'a' FROM generate_series(1, 20) AS n").await;
+    let db = &pair.target;
+    let run = run_of(&pair, "notes").await;
+    db.exec(
+        "CREATE ROLE dba SUPERUSER; CREATE ROLE plain; GRANT ALL ON SCHEMA dedup, public TO plain; GRANT ALL ON ALL TABLES IN SCHEMA dedup, public TO plain; \
+         GRANT ALL ON ALL SEQUENCES IN SCHEMA dedup TO plain; GRANT EXECUTE ON ALL ROUTINES IN SCHEMA dedup TO plain; ALTER TABLE public.notes OWNER TO plain; \
+         CREATE TABLE public.visits (note int REFERENCES public.notes ON DELETE CASCADE); INSERT INTO public.visits VALUES (5); GRANT SELECT ON public.visits TO plain; \
+         ALTER TABLE public.visits ENABLE ROW LEVEL SECURITY; CREATE POLICY hide ON public.visits USING (false)",
+    )
+    .await;
+    db.exec("SET ROLE plain").await;
+    refused(db, &format!("SELECT dedup.rollback_run('{run}')"), "42501", &["public.visits", "row security"])
+        .await;
+    db.exec("RESET ROLE").await;
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM public.visits").await, 1);
+    refused(db, &format!("SELECT dedup.rollback_run('{run}')"), "23503", &["visits"]).await;
+}
+
+/// An index that does not know the rows does not make a rollback that did nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_index_that_was_made_anew() {
+    let pair = notes("SELECT n, 'body ' || n, 'a' FROM generate_series(1, 20) AS n").await;
+    let db = &pair.target;
+    db.exec("INSERT INTO public.notes VALUES (1, 'P', 'p'), (300, 'other', 'p')").await;
+    let before = rows(db, "public.notes").await;
+    let a = run_of(&pair, "notes").await;
+    let after_a = rows(db, "public.notes").await;
+    pair.source.exec("UPDATE public.notes SET body = 'changed ' || id WHERE id < 10").await;
+    let b = run_of(&pair, "notes").await;
+    // The history of the rows survives it.
+    db.exec("VACUUM FULL public.notes").await;
+    db.exec("SELECT dedup.reindex_target('public.notes')").await;
+    db.exec(&format!("SELECT dedup.rollback_run('{b}')")).await;
+    assert_eq!(rows(db, "public.notes").await, after_a);
+    assert_index_is_true(db).await;
+    db.exec("SELECT dedup.reindex_target('public.notes')").await;
+    db.exec(&format!("BEGIN; SELECT dedup.rollback_run('{a}')")).await;
+    assert_eq!(rows(db, "public.notes").await, before);
+    assert_index_is_true(db).await;
+    db.exec("ROLLBACK; SELECT dedup.forget_target('public.notes')").await;
+    refused(db, &format!("SELECT dedup.rollback_run('{a}')"), "55000", &["can no longer be rolled back"])
+        .await;
+    db.exec("UPDATE dedup.runs SET bake_in_until = NULL; SELECT dedup.index_existing('public.notes')").await;
+    refused(db, &format!("SELECT dedup.rollback_run('{a}')"), "55000", &["knows none of the rows"]).await;
+}
+
+/// What was in the way and is no longer does not stop a rollback for good; nor does a table that is written anew between its steps.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rollback_that_was_stuck_goes_on() {
+    let pair = migrated().await;
+    let db = &pair.target;
+    let run = runs(db).await.remove(0);
+    pair.rollback("last").workers(1).killed_at(&format!("{}@5", failpoint::AFTER_COMMIT)).await;
+    db.exec("CREATE TABLE public.uses (id bigint REFERENCES public.records (id)); INSERT INTO public.uses SELECT min(id) FROM public.records").await;
+    refused(
+        db,
+        &format!("CALL dedup.rollback_run_in_chunks('{run}')"),
+        "55006",
+        &["cannot go on", "uses_id_fkey"],
+    )
+    .await;
+    let output = pair.rollback(&run).workers(3).exits(exit::ERROR).await;
+    assert!(output.stderr.contains("uses_id_fkey"), "{}", output.describe());
+    // A session that has ended takes a moment to let go.
+    db.wait_until("NOT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted)").await;
+    db.exec("DROP TABLE public.uses").await;
+    db.exec("VACUUM FULL public.records").await;
+    db.exec(&format!("CALL dedup.rollback_run_in_chunks('{run}')")).await;
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM public.records").await, 0);
+    assert_eq!(status(db, &run).await, "rolled_back");
+}
+
+/// A chunk that finished twice, with a row that somebody changed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_chunk_that_was_done_again() {
+    let pair =
+        notes("SELECT n, 'x ' || n, CASE WHEN n = 7 THEN NULL ELSE 'a' END FROM generate_series(1, 20) AS n")
+            .await;
+    let db = &pair.target;
+    db.exec("ALTER TABLE public.notes ALTER remark SET NOT NULL; INSERT INTO public.notes SELECT n, 'p ' || n, 'p' FROM generate_series(1, 5) AS n").await;
+    let before = rows(db, "public.notes").await;
+    pair.run(&["public.notes"])
+        .args(&["--content-columns", "public.notes:body"])
+        .exits(exit::LEFT_ASIDE)
+        .await;
+    let run = runs(db).await.remove(0);
+    pair.source.exec("UPDATE public.notes SET remark = 'late' WHERE id = 7; UPDATE public.notes SET body = 'y ' || id WHERE id < 4; UPDATE public.notes SET body = 'x ' || id WHERE id = 1").await;
+    db.exec(&format!("SELECT dedup.requeue('{run}', 'quarantined')")).await;
+    pair.resume().exits(exit::DONE).await;
+    db.exec("UPDATE public.notes SET remark = 'app' WHERE id IN (2, 10)").await;
+    pair.rollback("last").exits(exit::LEFT_ASIDE).await;
+    assert_eq!(db.column("SELECT DISTINCT key FROM dedup.left_alone ORDER BY 1").await, ["id=10", "id=2"]);
+    let rest = "SELECT t::text FROM public.notes AS t WHERE id NOT IN (2, 10) ORDER BY 1";
+    assert_eq!(
+        db.column(rest).await,
+        before.iter().filter(|row| !row.starts_with("(2,")).cloned().collect::<Vec<_>>()
+    );
+    assert_index_is_true(db).await;
+}
+
+/// A row left alone by the rollback of a later run is left alone by that of an earlier one, too, and overwritten if one forces it.
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_left_alone_twice() {
+    for (change, app) in [("body = 'y'", "body = 'app'"), ("remark = 'b'", "remark = 'app'")] {
+        for force in [false, true] {
+            let pair = notes("VALUES (1, 'x', 'a'), (2, 'z', 'a')").await;
+            let db = &pair.target;
+            let a = run_of(&pair, "notes").await;
+            pair.source.exec(&format!("UPDATE public.notes SET {change} WHERE id = 1")).await;
+            let b = run_of(&pair, "notes").await;
+            db.exec(&format!("UPDATE public.notes SET {app} WHERE id = 1; DELETE FROM dedup.unchanged_rows"))
+                .await;
+            db.exec(&format!("SELECT dedup.rollback_run('{b}')")).await;
+            assert_index_is_true(db).await;
+            db.exec(&format!("SELECT dedup.rollback_run('{a}', {force})")).await;
+            let left = db.column("SELECT id::text FROM public.notes").await;
+            assert_eq!(left, if force { vec![] } else { vec!["1".to_owned()] }, "{change} {force}");
+            let told: i64 =
+                db.one(&format!("SELECT count(*) FROM dedup.left_alone WHERE run_id = '{a}'")).await;
+            assert_eq!(told, i64::from(!force), "{change} {force}");
+            assert_index_is_true(db).await;
+        }
+    }
+}
+
+/// Images that come over to a run which delivers fewer columns.
+#[tokio::test(flavor = "multi_thread")]
+async fn images_of_other_columns() {
+    let pair = notes("VALUES (1, 'X', 'a'), (2, 'Y', 'a')").await;
+    let db = &pair.target;
+    db.exec("INSERT INTO public.notes VALUES (1, 'P', 'p'), (2, 'Q', 'q')").await;
+    let before = rows(db, "public.notes").await;
+    let a = run_of(&pair, "notes").await;
+    pair.source.exec("CREATE TABLE public.fewer (id int PRIMARY KEY, body text); INSERT INTO public.fewer VALUES (1, 'X2'), (2, 'Y2')").await;
+    let b = run_of(&pair, "fewer").await;
+    db.exec(&format!("SELECT dedup.rollback_run('{a}', true)")).await;
+    assert_eq!(db.column("SELECT body FROM public.notes ORDER BY 1").await, ["X2", "Y2"]);
+    db.exec(&format!("SELECT dedup.rollback_run('{b}')")).await;
+    assert_eq!(rows(db, "public.notes").await, before);
+}
+
+/// Columns that nobody delivers come back with a removed row, whatever has become of the table; beside rows that have none to come back.
+#[tokio::test(flavor = "multi_thread")]
+async fn further_columns_come_back() {
+    let pair = notes("VALUES (1, 'X', 'a'), (2, 'X', 'a'), (3, 'X3', 'a')").await;
+    let db = &pair.target;
+    db.exec("ALTER TABLE public.notes ADD own char(5) DEFAULT 'new', ADD f float8; INSERT INTO public.notes VALUES (1, 'X', 'a', 'own1', 'NaN'), (2, 'P', 'p', 'own2', 1e-300), (3, 'Q', 'q', 'own3', '-Infinity')").await;
+    let before = db.column("SELECT (id, body, remark, own, f)::text FROM public.notes ORDER BY 1").await;
+    run_of(&pair, "notes").await;
+    db.exec("DELETE FROM public.notes WHERE id = 3; ALTER TABLE public.notes ADD more int DEFAULT 7").await;
+    pair.rollback("last").arg("--force").exits(exit::DONE).await;
+    let after = db.column("SELECT (id, body, remark, own, f)::text FROM public.notes ORDER BY 1").await;
+    assert_eq!(after[..2], before[..2]);
+    assert_eq!(db.column("SELECT DISTINCT more::text FROM public.notes").await, ["7"]);
+}
+
+/// Foreign keys at rows that are kept, between partitions, and from rows that will be left alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn references_are_looked_at_as_they_will_be() {
+    let pair = Pair::start().await;
+    pair.both(
+        "CREATE TABLE public.parents (id int PRIMARY KEY, name text); \
+         CREATE TABLE public.children (id int, parent int NOT NULL, note text, PRIMARY KEY (id)) PARTITION BY RANGE (id); \
+         CREATE TABLE public.c1 PARTITION OF public.children FOR VALUES FROM (MINVALUE) TO (100); CREATE TABLE public.c2 PARTITION OF public.children FOR VALUES FROM (100) TO (MAXVALUE); \
+         ALTER TABLE public.c1 ADD FOREIGN KEY (parent) REFERENCES public.parents; ALTER TABLE public.c2 ADD FOREIGN KEY (parent) REFERENCES public.parents",
+    )
+    .await;
+    pair.source.exec("INSERT INTO public.parents SELECT n, 'p ' || n FROM generate_series(1, 20) AS n; INSERT INTO public.children SELECT n, n, 'a' FROM generate_series(1, 10) AS n").await;
+    let run = pair
+        .run(&["public.parents", "public.children"])
+        .args(&["--content-columns", "public.children:id,parent"]);
+    run.exits(exit::DONE).await;
+    let db = &pair.target;
+    let a = runs(db).await.remove(0);
+    db.exec(&format!("BEGIN; SELECT dedup.rollback_run('{a}'); ROLLBACK")).await;
+    db.exec("UPDATE public.children SET note = 'app' WHERE id = 3").await;
+    refused(db, &format!("CALL dedup.rollback_run_in_chunks('{a}')"), "23503", &["id=3"]).await;
+    assert_eq!(status(db, &a).await, "done");
+    db.exec("UPDATE public.children SET note = 'a' WHERE id = 3").await;
+    // A second run rests on the parents; its children point at them.
+    pair.source.exec("DELETE FROM public.children; INSERT INTO public.children SELECT n, n - 190, 'b' FROM generate_series(191, 200) AS n").await;
+    run.exits(exit::DONE).await;
+    pair.rollback(&a).arg("--force").exits(exit::DONE).await;
+    assert_eq!(
+        db.texts("SELECT (SELECT count(*) FROM public.parents), (SELECT count(*) FROM public.children)")
+            .await,
+        [[Some("20".to_owned()), Some("10".to_owned())]]
+    );
+    pair.rollback("last").exits(exit::DONE).await;
+    assert_eq!(
+        db.texts("SELECT (SELECT count(*) FROM public.parents), (SELECT count(*) FROM public.children)")
+            .await,
+        [[Some("0".to_owned()), Some("0".to_owned())]]
+    );
+}
+
+/// A key that three parties spell in three ways.
+#[tokio::test(flavor = "multi_thread")]
+async fn spellings_of_a_key() {
+    for force in [false, true] {
+        let pair = Pair::start().await;
+        pair.both("CREATE TABLE public.notes (id numeric PRIMARY KEY, body text)").await;
+        pair.source.exec("INSERT INTO public.notes VALUES (1.00, 'X'), (2.00, 'Y')").await;
+        let db = &pair.target;
+        db.exec("INSERT INTO public.notes VALUES (1.0, 'P'), (2.0, 'Q')").await;
+        pair.run(&["public.notes"]).args(&["--content-columns", "public.notes:body"]).exits(exit::DONE).await;
+        db.exec("UPDATE public.notes SET id = 1.000, body = 'app' WHERE id = 1").await;
+        let told = if force { exit::DONE } else { exit::LEFT_ASIDE };
+        pair.rollback("last").args(if force { &["--force"] } else { &[] }).exits(told).await;
+        let first = if force { "1.0 P" } else { "1.000 app" };
+        assert_eq!(
+            db.column("SELECT id || ' ' || body FROM public.notes ORDER BY id").await,
+            [first, "2.0 Q"]
+        );
+        assert_eq!(db.one::<i64>("SELECT count(*) FROM dedup.left_alone").await, i64::from(!force));
+        assert_index_is_true(db).await;
+    }
+}
+
+/// The sidecar takes one chunk back whole, or not at all.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_chunk_by_the_sidecar() {
+    let pair = migrated().await;
+    let db = &pair.target;
+    let run = runs(db).await.remove(0);
+    let chunk: String = db.one("SELECT chunk_id FROM dedup.hash_index('public.records') AS h GROUP BY chunk_id HAVING NOT EXISTS \
+         (SELECT FROM dedup.hash_index('public.records') AS i JOIN dedup.duplicates AS d USING (content_hash) WHERE i.chunk_id = h.chunk_id AND d.chunk_id <> h.chunk_id) LIMIT 1").await;
+    db.exec("CREATE FUNCTION public.no() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'; CREATE TRIGGER no BEFORE DELETE ON public.records FOR EACH ROW EXECUTE FUNCTION public.no()").await;
+    pair.rollback("last").arg("--chunk").arg(&chunk).exits(exit::ERROR).await;
+    db.exec("DROP TRIGGER no ON public.records").await;
+    assert_eq!(status(db, &run).await, "done");
+    let output = pair.rollback("last").arg("--chunk").arg(&chunk).exits(exit::DONE).await;
+    assert!(output.stdout.contains("paused"), "{}", output.describe());
+    assert_eq!(db.column("SELECT chunk_id FROM dedup.checkpoints WHERE status = 'pending'").await, [chunk]);
+    pair.resume().exits(exit::DONE).await;
+    assert_exact(&pair.source, db, &RECORDS).await;
+}
+
+/// Runs in SQL keep out as well, and go on afterwards; two rollbacks don't meet.
+#[tokio::test(flavor = "multi_thread")]
+async fn other_runs_in_sql_keep_out() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec(
+        "CREATE TABLE public.s1 (id int PRIMARY KEY, body text); CREATE TABLE public.s2 (LIKE public.s1 INCLUDING ALL); CREATE TABLE public.notes (LIKE public.s1 INCLUDING ALL); \
+         INSERT INTO public.s1 SELECT n, 'a ' || n FROM generate_series(1, 500) AS n; INSERT INTO public.s2 SELECT 1000 + n, 'b ' || n FROM generate_series(1, 500) AS n",
+    )
+    .await;
+    let mut ids = Vec::new();
+    for source in ["s1", "s2"] {
+        let run: String = db.one(&format!("SELECT dedup.create_run('{source}')::text")).await;
+        db.exec(&format!("SELECT dedup.add_table('{run}', 'public.{source}', 'public.notes', content_columns => '{{body}}'); SELECT dedup.plan_chunks('{run}', 2000)")).await;
+        if source == "s1" {
+            db.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+        }
+        ids.push(run);
+    }
+    db.exec(&format!("SELECT dedup.migrate_chunk('{}', '1:000002')", ids[1])).await;
+    db.exec(&format!("SELECT dedup.begin_rollback('{}')", ids[0])).await;
+    db.exec(&format!("CALL dedup.migrate_run('{}')", ids[1])).await;
+    assert_eq!(
+        db.column(&format!(
+            "SELECT chunk_id FROM dedup.checkpoints WHERE run_id = '{}' AND status <> 'pending'",
+            ids[1]
+        ))
+        .await,
+        ["1:000002"]
+    );
+    refused(
+        db,
+        &format!("SELECT dedup.migrate_chunk('{}', '1:000001')", ids[1]),
+        "55P03",
+        &["being rolled back"],
+    )
+    .await;
+    refused(db, &format!("SELECT dedup.rollback_run('{}')", ids[1]), "55006", &[&ids[0]]).await;
+    db.exec(&format!("CALL dedup.rollback_run_in_chunks('{}')", ids[0])).await;
+    db.exec(&format!("CALL dedup.migrate_run('{}')", ids[1])).await;
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM public.notes WHERE id > 1000").await, 500);
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM public.notes").await, 500);
+}
