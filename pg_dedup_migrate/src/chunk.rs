@@ -64,6 +64,8 @@ pub struct OpenChunk {
     pub repair: Option<Repair>,
     /// Entries that no row bears out, with their ordinals, sorted; they are among `leaving`.
     pub stale: Rc<Vec<(Subject, u64)>>,
+    /// In a repair: keys of the rows that stand under keys of its records.
+    pub own_rows: Rc<HashSet<Vec<u8>>>,
     /// Keys of rows that are too many.
     pub extra: Rc<Vec<Vec<u8>>>,
     /// What an earlier finish of this chunk wrote and is still there.
@@ -385,6 +387,7 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
             unchanged: Rc::default(),
             repair,
             stale: Rc::default(),
+            own_rows: Rc::default(),
             extra: Rc::default(),
             standing: Standing::default(),
             lists: Rc::new(SPARE.take()),

@@ -116,6 +116,9 @@ pub fn match_rows(chunk: &mut OpenChunk, keys: &[&[u8]], row_digests: &[[u8; 32]
 
     let updated_before = updated_before(chunk)?;
     let twins = repair::twins(chunk, &found, &matches, &key_of)?;
+    if chunk.repair.is_some() {
+        chunk.own_rows = Rc::new(found.iter().map(|&(_, n)| key_of(n).to_vec()).collect());
+    }
     let mut written = written_by_this_pass(chunk, &found, &key_of)?;
     written.retain(|(n, _)| !twins.contains(n));
     for &n in &twins {

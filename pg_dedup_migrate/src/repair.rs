@@ -53,8 +53,10 @@ pub fn unbelieve(chunk: &mut OpenChunk, digests: Digests<'_>) -> Result<()> {
     places.retain(|(place, _)| !leaving.contains(place));
     let mut stale = if chunk.keyless() { without_rows(chunk, places)? } else { disproved(chunk, places)? };
     stale.sort_unstable();
-    let extra =
-        if repair == Repair::DeleteExtra && !chunk.keyless() { extra_rows(chunk)? } else { Vec::new() };
+    let mut extra = if chunk.keyless() { Vec::new() } else { twins_elsewhere(chunk)? };
+    if repair == Repair::DeleteExtra && !chunk.keyless() {
+        extra.extend(extra_rows(chunk)?);
+    }
     let of_stale = stale.iter().map(|(place, _)| place);
     let mut all: Vec<Subject> = chunk.leaving.iter().chain(of_stale).chain(&extra).cloned().collect();
     all.sort_unstable();
@@ -143,10 +145,36 @@ fn listed(chunk: &OpenChunk, kind: &str, in_chunk: bool) -> Result<Vec<(Digest, 
 
 /// Rows of the chunk that the source does not have, as long as they are what was found; locked.
 fn extra_rows(chunk: &OpenChunk) -> Result<Vec<Subject>> {
-    let listed: Vec<(Digest, Vec<u8>)> = listed(chunk, "extra", true)?
+    let with_key = |(content, key): (Digest, Option<Vec<u8>>)| key.map(|key| (content, key));
+    still_there(chunk, listed(chunk, "extra", true)?.into_iter().filter_map(with_key).collect())
+}
+
+/// Rows whose content another row holds, too, and that are no records of this chunk: the comparison of index and rows in the end names some chunk
+/// for them. Their own chunk then finds its record dropped.
+fn twins_elsewhere(chunk: &OpenChunk) -> Result<Vec<Subject>> {
+    let mut suspects: Vec<(Digest, Vec<u8>)> = listed(chunk, "surviving_duplicate", true)?
         .into_iter()
         .filter_map(|(content, key)| key.map(|key| (content, key)))
+        .filter(|(_, key)| !chunk.own_rows.contains(key))
         .collect();
+    suspects.sort_unstable();
+    suspects.dedup();
+    let digests = sorted(suspects.iter().map(|(content, _)| content.0).collect());
+    let all = entries(chunk, &digests)?;
+    let disproved: HashSet<Subject> =
+        disproved(chunk, all.clone())?.into_iter().map(|(subject, _)| subject).collect();
+    let elsewhere = |content: &Digest, key: &Vec<u8>| {
+        all.iter()
+            .any(|(subject, _)| subject.0 == content.0 && subject.1 != *key && !disproved.contains(subject))
+    };
+    suspects.retain(|(content, key)| elsewhere(content, key));
+    // One of two that name each other stays.
+    suspects.dedup_by_key(|(content, _)| *content);
+    still_there(chunk, suspects)
+}
+
+/// Those of these rows that hold this content; locked.
+fn still_there(chunk: &OpenChunk, listed: Vec<(Digest, Vec<u8>)>) -> Result<Vec<Subject>> {
     let keys: Vec<&[u8]> = listed.iter().map(|(_, key)| key.as_slice()).collect();
     let mut extra = Vec::new();
     rows_under(Reading::Locked, chunk.target, &chunk.layout, &chunk.key_types, &keys, |n, row| {
@@ -198,7 +226,7 @@ pub fn twins<'k>(
     Ok(twins)
 }
 
-/// Deletes rows that the source does not have, before images kept.
+/// Deletes rows that are too many, before images kept.
 ///
 /// # Errors
 /// 23503 when a foreign key points at one of them.

@@ -304,7 +304,8 @@ impl Settlement<'_> {
                 Ok(())
             })?;
             expected.sort_unstable_by_key(|e| (e.digest, e.subject));
-            self.scan(&mut expected, gone, pass)?;
+            let twins = self.scan(&mut expected, gone, pass)?;
+            self.judge_twins(twins, &expected)?;
             for group in expected.chunk_by(|a, b| a.digest == b.digest) {
                 if !group.iter().any(|e| e.found > 0 || e.elsewhere) {
                     gone.insert(group[0].digest);
@@ -317,7 +318,53 @@ impl Settlement<'_> {
         Ok(())
     }
 
-    fn scan(&mut self, expected: &mut [Expected], gone: &mut HashSet<[u8; 32]>, pass: Pass) -> Result<()> {
+    /// Rows without an entry whose content stands under another key, too: if they are records of the run, the content is there twice. Rows of
+    /// nobody's are named already, and so are records that the ledger lists.
+    fn judge_twins(&mut self, mut twins: Vec<(Digest, Vec<u8>)>, expected: &[Expected]) -> Result<()> {
+        twins.retain(|(content, _)| {
+            let from = expected.partition_point(|e| e.digest < content.0);
+            expected[from..].iter().take_while(|e| e.digest == content.0).any(|e| e.found > 0)
+        });
+        if twins.is_empty() {
+            return Ok(());
+        }
+        let mut foreign = 0;
+        let named: HashSet<Vec<u8>> = Spi::connect(|client| -> Result<_> {
+            client
+                .select(
+                    "SELECT packed_key, kind = 'foreign' AS is_foreign FROM dedup.divergences \
+                     WHERE reconciliation_id = $1 AND target_id = $2 AND packed_key IS NOT NULL",
+                    None,
+                    &[self.reconciliation.into(), self.target.id.into()],
+                )?
+                .map(|row| {
+                    foreign += i64::from(required::<bool>(row["is_foreign"].value()?)?);
+                    required(row["packed_key"].value()?)
+                })
+                .collect()
+        })?;
+        let counted: Option<i64> = Spi::get_one_with_args(
+            "SELECT pg_catalog.sum(k.foreign_count)::pg_catalog.int8 FROM dedup.reconciled_chunks AS k JOIN dedup.run_tables AS t ON t.run_id = $2 AND t.table_id = k.table_id \
+             WHERE k.reconciliation_id = $1 AND t.target_id = $3",
+            &[self.reconciliation.into(), self.run.into(), self.target.id.into()],
+        )?;
+        // Of very many rows of nobody's not all are listed: then it can't be told which are.
+        if counted.unwrap_or_default() != foreign {
+            return Ok(());
+        }
+        for (content, key) in twins.into_iter().filter(|(_, key)| !named.contains(key)) {
+            self.add(self.some_chunk(None), Kind::SurvivingDuplicate, &key, content);
+        }
+        Ok(())
+    }
+
+    /// Looks for the entries' rows; returns rows that have no entry, and whose content has one.
+    fn scan(
+        &mut self,
+        expected: &mut [Expected],
+        gone: &mut HashSet<[u8; 32]>,
+        pass: Pass,
+    ) -> Result<Vec<(Digest, Vec<u8>)>> {
         let query = format!(
             "SELECT {} FROM {} AS t",
             column_list(&self.target.layout, "t"),
@@ -325,7 +372,7 @@ impl Settlement<'_> {
         );
         let layout = self.target.layout.clone();
         let (keyless, tells_foreign) = (self.keyless(), !self.compared.counts_rows);
-        let mut key = Vec::new();
+        let (mut key, mut twins) = (Vec::new(), Vec::new());
         rows::scan_in(View::Statement, &query, &[], &layout, 0, |row| {
             let content = row.digests()?.content;
             if !pass.has(content.as_bytes()) {
@@ -356,18 +403,18 @@ impl Settlement<'_> {
                 }
                 None => {
                     let from = expected.partition_point(|e| e.digest < *content.as_bytes());
-                    expected[from..]
-                        .iter_mut()
-                        .take_while(|e| e.digest == *content.as_bytes())
-                        .for_each(|e| e.elsewhere = true);
+                    let same = expected[from..].iter_mut().take_while(|e| e.digest == *content.as_bytes());
+                    let others = same.map(|e| e.elsewhere = true).count();
                     if tells_foreign && (keyless || !self.compared.has_seen(hash_of(&[&key]))) {
                         self.add(self.some_chunk(None), Kind::Foreign, &key, content);
+                    } else if others > 0 && !keyless {
+                        twins.push((content, key.clone()));
                     }
                 }
             }
             Ok(())
         })?;
-        Ok(())
+        Ok(twins)
     }
 
     /// A row with an entry: if no record of its source has its key, it is too many.

@@ -252,6 +252,37 @@ async fn keys_that_are_taken_by_text() {
     keys_that_are_taken(&BY_TEXT).await;
 }
 
+/// A content that stands twice is named, and folded, even where nothing but the rows says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn twins_that_the_index_does_not_know() {
+    for key in ["bigint", "text"] {
+        let pair = Pair::start().await;
+        let db = &pair.target;
+        pair.both(&format!("CREATE TABLE public.items (k {key} PRIMARY KEY, body text)")).await;
+        pair.source
+            .exec("INSERT INTO public.items SELECT 1000 + n, 'body ' || CASE n WHEN 399 THEN 5 ELSE n END FROM generate_series(1, 400) AS n; ANALYZE public.items")
+            .await;
+        let run = pair.run(&["public.items"]).args(&["--content-columns", "public.items:body"]);
+        run.chunk_size("1kB").exits(exit::DONE).await;
+        let (survivor, dropped) =
+            match db.column("SELECT k FROM public.items WHERE body = 'body 5'").await.as_slice() {
+                [k] if k == "1005" => ("1005", "1399"),
+                _ => ("1399", "1005"),
+            };
+        // The row is the record's own, and no ledger tells that it was dropped.
+        db.exec(&format!(
+            "DELETE FROM dedup.ledger_block; INSERT INTO public.items VALUES ({dropped}, 'body 5')"
+        ))
+        .await;
+        pair.reconcile().exits(exit::HALTED).await;
+        let found = db.column("SELECT kind || ' ' || key FROM dedup.divergences").await;
+        assert_eq!(found, [format!("surviving_duplicate k={dropped}")]);
+        pair.repair().exits(exit::DONE).await;
+        assert_eq!(db.column("SELECT k FROM public.items WHERE body = 'body 5'").await, [survivor]);
+        assert_eq!(db.column("SELECT source_key FROM dedup.duplicates").await, [format!("k={dropped}")]);
+    }
+}
+
 /// A record that the source has twice, one of which was dropped: the ledger's line explains one of them.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_line_of_the_ledger_explains_one_record() {
