@@ -36,8 +36,11 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     refused bigint;
     chunks text[];
+    status text;
 BEGIN
-    IF (dedup.lock_run(run)).status <> 'running' THEN
+    -- Of a halted run too: its chunks are repaired.
+    status := (dedup.lock_run(run)).status;
+    IF status NOT IN ('running', 'halted') THEN
         RETURN before;
     END IF;
     -- Only where the referenced table is written by the run, too. Whether that happened before or after the record was refused, nothing tells for
@@ -54,7 +57,8 @@ BEGIN
             AND (f.confrelid = parent.target OR f.confrelid IN (SELECT p.relid FROM pg_partition_tree(parent.target) AS p))
         WHERE w.run_id = run AND EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.table_id = w.table_id AND c.chunk_id <> r.chunk_id));
     IF refused > 0 AND (before IS NULL OR refused < before) THEN
-        UPDATE dedup.checkpoints AS c SET status = 'pending', attempts = 0, not_before = NULL, written_at = NULL
+        UPDATE dedup.checkpoints AS c
+        SET status = 'pending', attempts = 0, not_before = NULL, written_at = NULL, repair = CASE WHEN retry_foreign_keys.status = 'halted' THEN coalesce(c.repair, 'rewrite') END
         WHERE c.run_id = run AND c.chunk_id = ANY (chunks)
             AND (c.status = 'verified' OR c.status = 'syncing' AND c.written_at IS NOT NULL);
         PERFORM dedup.log_event(run, NULL, 'foreign_keys_retried', jsonb_build_object('records', refused, 'chunks', cardinality(chunks)));
@@ -142,7 +146,8 @@ BEGIN
     IF (dedup.run_row(run)).status NOT IN ('created', 'running', 'paused', 'failed', 'halted') THEN
         RAISE EXCEPTION 'run % is %', run, (dedup.run_row(run)).status USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
-    UPDATE dedup.checkpoints AS c SET status = 'pending', attempts = 0, not_before = NULL, lease = NULL
+    UPDATE dedup.checkpoints AS c SET status = 'pending', attempts = 0, not_before = NULL, lease = NULL,
+        repair = CASE WHEN (dedup.run_row(run)).status = 'halted' THEN coalesce(c.repair, 'rewrite') END
     FROM dedup.run_tables AS t
     WHERE c.run_id = run AND c.table_id = restart_table.table_id AND t.run_id = run AND t.table_id = restart_table.table_id AND t.keyless;
     GET DIAGNOSTICS n = ROW_COUNT;

@@ -44,6 +44,10 @@ BEGIN
             HINT = CASE WHEN r.status IN ('created', 'running', 'paused', 'failed')
                         THEN format('pg-dedup-migrate run --resume %s goes on.', run) ELSE 'Nothing is left to compare.' END;
     END IF;
+    IF EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.status <> 'verified') THEN
+        RAISE EXCEPTION 'run % has chunks that are not repaired yet', run USING ERRCODE = 'object_not_in_prerequisite_state',
+            HINT = format('pg-dedup-migrate repair %s goes on with it.', run);
+    END IF;
     SELECT string_agg(DISTINCT g.target::text, ', ') INTO other FROM dedup.run_tables AS t JOIN dedup.targets AS g USING (target_id)
     WHERE t.run_id = run AND g.signature <> dedup.signature_of(t.layout);
     IF other IS NOT NULL THEN
@@ -66,8 +70,9 @@ BEGIN
             FROM dedup.reconciled_chunks AS k JOIN dedup.reconciliations AS x USING (reconciliation_id)
                 JOIN dedup.checkpoints AS c ON c.run_id = x.run_id AND c.chunk_id = k.chunk_id
                 CROSS JOIN LATERAL jsonb_populate_record(k, jsonb_build_object('reconciliation_id', id)) AS copy
-            WHERE x.reconciliation_id = (SELECT max(y.reconciliation_id) FROM dedup.reconciliations AS y WHERE y.run_id = run AND y.verdict = 'mismatch')
-                AND x.is_strict >= begin_reconcile.strict AND c.ordinal <= x.last_ordinal AND k.row_checksum IS NOT NULL
+            -- The last verdict: what an earlier pass kept for the end is cleared by a later one.
+            WHERE x.reconciliation_id = (SELECT max(y.reconciliation_id) FROM dedup.reconciliations AS y WHERE y.run_id = run AND y.verdict IN ('clean', 'mismatch'))
+                AND x.verdict = 'mismatch' AND x.is_strict >= begin_reconcile.strict AND c.ordinal <= x.last_ordinal AND k.row_checksum IS NOT NULL
                 AND k.missing_count + k.changed_count + k.extra_count + k.surviving_duplicate_count + k.foreign_count + k.source_changed_count = 0;
         END IF;
         PERFORM dedup.log_event(run, NULL, 'reconcile_started', jsonb_build_object('reconciliation_id', id, 'strict', strict));

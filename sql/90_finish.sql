@@ -43,6 +43,7 @@ COMMENT ON FUNCTION dedup.reconcile_chunk(bigint, text, bytea) IS 'compares a ch
 COMMENT ON FUNCTION dedup.reconcile_local_chunks(bigint) IS 'reads and compares the chunks that are left of sources which this database sees; returns how many';
 COMMENT ON FUNCTION dedup.recheck_chunks(bigint) IS 'forgets chunks of a pass that is taken up whose rows in the target are others now; returns how many';
 COMMENT ON FUNCTION dedup.settle_reconcile(bigint) IS 'compares the hash index with the targets'' rows when every chunk is compared, and enters what that shows';
+COMMENT ON FUNCTION dedup.retract_stale(uuid) IS 'takes every entry that no row bears out out of the index of a run''s targets; returns how many';
 COMMENT ON FUNCTION dedup.prepare_rollback(bigint) IS 'refuses a rollback of what others rest on, or keeps it for them, and of what foreign keys point at; lists the steps; returns the rows kept';
 COMMENT ON FUNCTION dedup.undo_ordinal(bigint, bigint, bool) IS 'takes back what a chunk did when it finished under an ordinal; no row: a newer change of one of its rows comes first';
 COMMENT ON FUNCTION dedup.run_chunk(uuid, text) IS 'the work of migrate_chunk';

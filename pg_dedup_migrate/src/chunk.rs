@@ -64,6 +64,8 @@ pub struct OpenChunk {
     pub repair: Option<Repair>,
     /// Entries that no row bears out, with their ordinals, sorted; they are among `leaving`.
     pub stale: Rc<Vec<(Subject, u64)>>,
+    /// Records that it set aside before.
+    pub quarantined_before: i64,
     /// In a repair: keys of the rows that stand under keys of its records.
     pub own_rows: Rc<HashSet<Vec<u8>>>,
     /// Keys of rows that are too many.
@@ -322,7 +324,7 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
     let chunk = Spi::connect_mut(|client| -> Result<OpenChunk> {
         let found = client
             .update(
-                "SELECT c.status, c.repair, c.lease, c.backend_pid, c.range_kind, c.range_lower, c.range_upper, \
+                "SELECT c.status, c.repair, c.quarantined_count, c.lease, c.backend_pid, c.range_kind, c.range_lower, c.range_upper, \
                         r.status AS run_status, r.pass, \
                         t.keyless OR coalesce(r.options OPERATOR(pg_catalog.->>) 'verify' OPERATOR(pg_catalog.=) 'end', false) AS verified_later, \
                         t.target_id, t.layout, t.range_comparable, g.target::pg_catalog.oid AS target, \
@@ -362,6 +364,7 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
             .hint("dedup.forget_target drops it; cancel the run otherwise"));
         }
         let layout = stored_layout(required(found["layout"].value()?)?)?;
+        let layout_is_keyless = layout.key.is_empty();
         let comparable: bool = required(found["range_comparable"].value()?)?;
         let kind: String = required(found["range_kind"].value()?)?;
         let range = (comparable && kind == "key").then_some(KeyRange {
@@ -382,11 +385,14 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
             ordinal: None,
             leaving: Rc::default(),
             respelled: Rc::default(),
-            verified_later: required(found["verified_later"].value()?)?,
+            // What is repaired is read back at once, where there is a key to find it by.
+            verified_later: required(found["verified_later"].value()?)?
+                && (repair.is_none() || layout_is_keyless),
             shares_target: required(found["shares_target"].value()?)?,
             unchanged: Rc::default(),
             repair,
             stale: Rc::default(),
+            quarantined_before: found["quarantined_count"].value()?.unwrap_or_default(),
             own_rows: Rc::default(),
             extra: Rc::default(),
             standing: Standing::default(),

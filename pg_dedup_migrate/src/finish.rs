@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::hash::rows;
 use crate::keyset::{column_list, hash_of};
 use crate::ledger;
+use crate::lookup::Subject;
 use crate::matching::Standing;
 use crate::planning::ByIndex;
 use crate::relation::{Access, Table};
@@ -35,6 +36,7 @@ const SOURCE: usize = 0;
 const INSERTED: usize = 1;
 const UPDATED: usize = 2;
 const DUPLICATE: usize = 4;
+const QUARANTINED: usize = 5;
 
 impl Books {
     /// Parses what the protocol sends.
@@ -125,6 +127,7 @@ fn finish_chunk(
 pub fn finish(chunk: &mut OpenChunk, books: &Books, info: &JsonB) -> Result<i64> {
     books.check_balance()?;
     let ordinal = draw_ordinal(chunk)?;
+    repair::refuse_more_quarantine(chunk, books.counts[QUARANTINED])?;
     repair::remove_extra(chunk)?;
     let tombstones = retractions(chunk, ordinal)?;
     let written = books.written(&chunk.standing);
@@ -133,7 +136,8 @@ pub fn finish(chunk: &mut OpenChunk, books: &Books, info: &JsonB) -> Result<i64>
     claims::verify_ours(chunk.scope(), manifest.iter().map(|e| e.digest.as_bytes()))?;
     check_refused_replacements(chunk, &manifest, &tombstones)?;
 
-    write_segment(chunk.target_id, ordinal as u64, &manifest, &tombstones)?;
+    write_segment(chunk, ordinal as u64, &manifest, &tombstones)?;
+    repair::retract(chunk, &manifest)?;
     ledger::write(chunk.target_id, ordinal, &lists.ledger, books.counts[DUPLICATE])?;
     write_unchanged(chunk, ordinal)?;
     if !chunk.verified_later {
@@ -168,16 +172,9 @@ pub fn draw_ordinal(chunk: &mut OpenChunk) -> Result<i64> {
 }
 
 /// (old digest, key) of the rows this chunk overwrote or removed, sorted: exactly those with a before image, so that what a savepoint
-/// took back is not retracted. In a repair also entries that no row bears out.
+/// took back is not retracted. Without keys nothing is overwritten.
 fn retractions(chunk: &OpenChunk, ordinal: i64) -> Result<Vec<(Digest, Vec<u8>)>> {
-    let mut retracted: Vec<(Digest, Vec<u8>)> =
-        if chunk.keyless() { Vec::new() } else { with_images(ordinal)? };
-    if !chunk.stale.is_empty() {
-        retracted.extend(repair::still_stale(chunk)?.into_iter().map(|(digest, key)| (Digest(digest), key)));
-        retracted.sort_unstable();
-        retracted.dedup();
-    }
-    Ok(retracted)
+    if chunk.keyless() { Ok(Vec::new()) } else { with_images(ordinal) }
 }
 
 fn with_images(ordinal: i64) -> Result<Vec<(Digest, Vec<u8>)>> {
@@ -216,7 +213,9 @@ fn check_refused_replacements(
     manifest: &[wire::ManifestEntry<'_>],
     tombstones: &[(Digest, Vec<u8>)],
 ) -> Result<()> {
-    for (digest, key) in chunk.leaving.iter() {
+    let is_stale = |place: &Subject| chunk.stale.binary_search_by(|(stale, _)| stale.cmp(place)).is_ok();
+    for place in chunk.leaving.iter().filter(|place| !is_stale(place)) {
+        let (digest, key) = place;
         let gone = tombstones.binary_search_by(|(d, k)| (d.as_bytes(), k).cmp(&(digest, key))).is_ok();
         if !gone && manifest.binary_search_by(|e| e.digest.as_bytes().cmp(digest)).is_ok() {
             return Err(Error::state(format!(
@@ -242,7 +241,7 @@ fn write_unchanged(chunk: &OpenChunk, ordinal: i64) -> Result<()> {
 }
 
 fn write_segment(
-    target: i32,
+    chunk: &OpenChunk,
     ordinal: u64,
     manifest: &[wire::ManifestEntry<'_>],
     tombstones: &[(Digest, Vec<u8>)],
@@ -252,7 +251,7 @@ fn write_segment(
     }
     let blocks = Table::open("segment_block", Access::Insert)?;
     let segments = Table::open("segment", Access::Insert)?;
-    let mut writer = SegmentWriter::new(&blocks, target, 0)?;
+    let mut writer = SegmentWriter::new(&blocks, chunk.target_id, 0)?;
     let mut tombstones = tombstones.iter().peekable();
     let bury = |writer: &mut SegmentWriter<'_>, digest: &Digest, key: &[u8]| {
         let stamp = Stamp { ordinal, tombstone: true };

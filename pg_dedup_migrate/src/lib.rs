@@ -91,7 +91,7 @@ extension_sql_file!(
 extension_sql_file!(
     "../../sql/56_repair.sql",
     name = "repair",
-    requires = ["reconcile", "local", verification::verify_written]
+    requires = ["reconcile", "local", verification::verify_written, repair::retract_stale]
 );
 extension_sql_file!(
     "../../sql/57_rollback.sql",

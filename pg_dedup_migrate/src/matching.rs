@@ -234,10 +234,14 @@ fn remember_unchanged<'k>(
             .map(|row| required(row["key"].value()?))
             .collect()
     })?;
+    let rested = repair::rows_of_other_chunks(chunk)?;
+    let content_of: HashMap<u32, Digest> =
+        if rested.is_empty() { HashMap::new() } else { found.iter().map(|&(d, n)| (n, Digest(d))).collect() };
+    let is_rested = |n: u32| content_of.get(&n).is_some_and(|d| rested.contains(&rested_on(d, key_of(n))));
     let mut unchanged: Vec<Vec<u8>> = Vec::new();
     for n in open {
         let m = &mut matches[n as usize];
-        match (*m, taken.contains(key_of(n))) {
+        match (*m, taken.contains(key_of(n)) || is_rested(n)) {
             (Match::Unchanged, true) => *m = Match::Redelivered,
             (Match::Unchanged, false) => unchanged.push(key_of(n).to_vec()),
             (_, true) => *m = Match::Collision,

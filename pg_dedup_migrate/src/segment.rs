@@ -6,12 +6,16 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use pg_dedup_record::block::{BlockBuilder, BlockView, Entry};
+use pg_dedup_record::block::{BlockBuilder, BlockView, Entry, Stamp};
+use pg_dedup_record::digest::Digest;
 use pgrx::prelude::*;
 use pgrx::{IntoDatum, pg_sys};
 
 use crate::error::{Error, Result};
 use crate::relation::{self, Access, BytesDatum, Condition, Direction, IndexScan, Inserter, Snapshot, Table};
+
+/// Entries that a block holds at most, roughly: when they have no key.
+pub const ENTRIES_PER_BLOCK: usize = 200;
 
 /// What one row of `dedup.segment` says.
 #[derive(Clone, Debug)]
@@ -193,6 +197,26 @@ pub fn segments_of_ordinal(target: i32, ordinal: i64, snapshot: &Snapshot) -> Re
         }
     }
     Ok(found)
+}
+
+/// Says of contents that they no longer stand under these keys.
+///
+/// # Errors
+/// 42501 without INSERT on the segment tables.
+pub fn write_tombstones(target: i32, mut tombstones: Vec<(Digest, u64, Vec<u8>)>) -> Result<()> {
+    if tombstones.is_empty() {
+        return Ok(());
+    }
+    tombstones.sort_unstable();
+    let blocks = Table::open("segment_block", Access::Insert)?;
+    let segments = Table::open("segment", Access::Insert)?;
+    let mut writer = SegmentWriter::new(&blocks, target, 0)?;
+    for (digest, ordinal, key) in &tombstones {
+        let stamp = Stamp { ordinal: *ordinal, tombstone: true };
+        writer.push(&Entry { digest: *digest, stamp, row_digest: [0; Digest::SHORT_LEN], key })?;
+    }
+    writer.finish(&segments)?;
+    Ok(())
 }
 
 /// Deletes segments.

@@ -24,9 +24,6 @@ use crate::passes::Passes;
 use crate::relation::{Access, Snapshot, Table};
 use crate::segment::{self, BlockReader, Segment, SegmentWriter, next_number};
 
-/// Entries that a block holds at most, roughly: when they have no key.
-const ENTRIES_PER_BLOCK: usize = 200;
-
 /// What of an entry the scan has found.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Found {
@@ -177,7 +174,7 @@ fn compare(run: Uuid, target: &Target, waiting: &mut Waiting) -> Result<()> {
         .into_iter()
         .filter(|s| s.last_ordinal >= oldest)
         .collect();
-    let most: usize = segments.iter().map(|s| s.blocks as usize * ENTRIES_PER_BLOCK).sum();
+    let most: usize = segments.iter().map(|s| s.blocks as usize * segment::ENTRIES_PER_BLOCK).sum();
     let blocks = Table::open("segment_block", Access::Read)?;
     let mut reader = BlockReader::new(&blocks, &snapshot)?;
     for pass in Passes::of(most, size_of::<Expected>()).each() {

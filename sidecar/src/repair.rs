@@ -8,7 +8,9 @@
 
 use crate::config::Job;
 use crate::conn::Session;
-use crate::error::{At, Result, Side};
+use crate::error::{At, Error, Result, Side};
+use crate::finish;
+use crate::protocol;
 use crate::reconcile::{self, Extent};
 use crate::resume;
 use crate::run::{self, Ends};
@@ -75,21 +77,34 @@ async fn begin(admin: &Session, run: &Run, delete_extra: bool) -> Result<Option<
 
 /// Does the chunks again, and those that lose survivors by that.
 async fn rewrite(job: &Job, ends: &mut Ends, run: &Run, stop: &Stop) -> Result<()> {
-    loop {
-        let _keeper = resume::renew_snapshot(run, &ends.source, &ends.admin).await?;
-        repair_local_chunks(&ends.admin, run).await?;
-        let tables = tables::load(&ends.admin, run.run_id).await?;
-        if !tables.is_empty() {
-            run::work_chunks(job, ends, run, tables, stop, true).await?;
+    /// Each round does what the one before could not know of. If there is no end to it, somebody undoes what is done.
+    const ROUNDS: usize = 10;
+    let mut refused = None;
+    for _ in 0..ROUNDS {
+        loop {
+            let _keeper = resume::renew_snapshot(run, &ends.source, &ends.admin).await?;
+            repair_local_chunks(&ends.admin, run).await?;
+            let tables = tables::load(&ends.admin, run.run_id).await?;
+            if !tables.is_empty() {
+                run::work_chunks(job, ends, run, tables, stop, true).await?;
+            }
+            ends.revive().await?;
+            if stop.finishing() {
+                return Ok(());
+            }
+            refused = finish::retry_foreign_keys(&ends.admin, run.run_id, refused).await?;
+            if protocol::run_state(&ends.admin, run.run_id).await? != "open" {
+                break;
+            }
         }
-        ends.revive().await?;
-        if stop.finishing()
-            || call(&ends.admin, "finish_repair", "SELECT dedup.finish_repair($1::uuid)::text", run).await?
-                == "0"
-        {
+        let left =
+            call(&ends.admin, "finish_repair", "SELECT dedup.finish_repair($1::uuid)::text", run).await?;
+        if left == "0" {
             return Ok(());
         }
     }
+    Err(Error::refused(format!("run {} cannot be repaired", run.run_id))
+        .hint("look for a trigger, rule or application that changes or drops rows of the target"))
 }
 
 /// Chunks of sources that the target database sees are its own to do.

@@ -23,9 +23,6 @@ use crate::passes::{Pass, Passes};
 use crate::relation::{Access, Snapshot, Table};
 use crate::segment::{self, SegmentWriter, next_number};
 
-/// Lines of a ledger block, roughly.
-const LINES_PER_BLOCK: usize = 200;
-
 /// Ordinals that are none of the rollback's, of runs that stand; parameters: target, run, chunk or null.
 const OTHERS: &str = "dedup.ordinals AS o JOIN dedup.runs AS r ON r.run_id = o.run_id \
      WHERE o.target_id = $1 AND r.status <> 'rolled_back' \
@@ -168,7 +165,7 @@ fn scale(rollback: &Rollback, part: &Part) -> Result<Scale> {
         ),
         &arguments,
     )?;
-    let entries = required(blocks)?.unsigned_abs() as usize * LINES_PER_BLOCK
+    let entries = required(blocks)?.unsigned_abs() as usize * segment::ENTRIES_PER_BLOCK
         + required(unchanged)?.unsigned_abs() as usize / 16;
     Ok(Scale { entries, any: entries > 0 || has_later_changes(rollback, part)? })
 }
@@ -447,7 +444,7 @@ pub fn hand_over(rollback: &Rollback, part: &Part) -> Result<HandedOver> {
         handed_over.ordinals.insert(ordinal);
     }
     let tombstones = move_images(&moved)?;
-    write_tombstones(part.target.id, tombstones)?;
+    segment::write_tombstones(part.target.id, tombstones)?;
     Ok(handed_over)
 }
 
@@ -521,26 +518,6 @@ fn move_images(moved: &[(u64, Vec<u8>, u64)]) -> Result<Vec<(Digest, u64, Vec<u8
             })
             .collect()
     })
-}
-
-/// Says of contents that they no longer stand under these keys.
-///
-/// # Errors
-/// 42501 without INSERT on the segment tables.
-pub fn write_tombstones(target: i32, mut tombstones: Vec<(Digest, u64, Vec<u8>)>) -> Result<()> {
-    if tombstones.is_empty() {
-        return Ok(());
-    }
-    tombstones.sort_unstable();
-    let blocks = Table::open("segment_block", Access::Insert)?;
-    let segments = Table::open("segment", Access::Insert)?;
-    let mut writer = SegmentWriter::new(&blocks, target, 0)?;
-    for (digest, ordinal, key) in &tombstones {
-        let stamp = Stamp { ordinal: *ordinal, tombstone: true };
-        writer.push(&Entry { digest: *digest, stamp, row_digest: [0; Digest::SHORT_LEN], key })?;
-    }
-    writer.finish(&segments)?;
-    Ok(())
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use pgrx::prelude::*;
 use super::look::{Alone, Findings, look};
 use super::referenced::refuse_now;
 use super::restore::restore;
-use super::{Rollback, Undone, dependents};
+use super::{Rollback, Undone};
 use crate::by_key::{Reading, rows_under};
 use crate::chunk::{self, required};
 use crate::error::{Error, Result};
@@ -323,7 +323,7 @@ fn delete(step: &Step, rows: &[(&[u8], Option<&Written>)]) -> Result<i64> {
 /// Takes entries, ledger and images of the finish away; enters what the index has to say of the rows that were left alone.
 fn forget(step: &Step, segments: &[Segment], findings: &Findings) -> Result<()> {
     segment::delete(segments)?;
-    dependents::write_tombstones(step.target.id, findings.tombstones.clone())?;
+    segment::write_tombstones(step.target.id, findings.tombstones.clone())?;
     tell_index(step, findings)?;
     let ordinal = step.ordinal.cast_signed();
     let kept: Vec<Vec<u8>> = findings
