@@ -136,8 +136,9 @@ pub fn finish(chunk: &mut OpenChunk, books: &Books, info: &JsonB) -> Result<i64>
     claims::verify_ours(chunk.scope(), manifest.iter().map(|e| e.digest.as_bytes()))?;
     check_refused_replacements(chunk, &manifest, &tombstones)?;
 
+    let stale = repair::still_stale(chunk)?;
     write_segment(chunk, ordinal as u64, &manifest, &tombstones)?;
-    repair::retract(chunk, &manifest)?;
+    repair::retract(chunk, &manifest, stale)?;
     ledger::write(chunk.target_id, ordinal, &lists.ledger, books.counts[DUPLICATE])?;
     write_unchanged(chunk, ordinal)?;
     if !chunk.verified_later {

@@ -5,6 +5,8 @@ use pgrx::prelude::*;
 
 use crate::chunk::required;
 use crate::error::{Error, Result};
+use crate::keyset::{KeyTypes, qualified_name};
+use crate::planning::ByIndex;
 
 /// Which foreign keys are asked for.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -61,6 +63,33 @@ pub fn of(target: pg_sys::Oid, which: Which) -> Result<Vec<Reference>> {
             })
             .collect()
     })
+}
+
+/// Refuses to delete rows that other rows point at, as things are now; the rows are locked, so that none comes to.
+///
+/// # Errors
+/// 23503 naming constraint and table.
+pub fn refuse_pointed_at(table: pg_sys::Oid, key_types: &KeyTypes, keys: &[&[u8]]) -> Result<()> {
+    let arguments = key_types.arrays(keys)?;
+    let (unnest, condition) = (key_types.unnest(), key_types.join_condition());
+    let name = qualified_name(table);
+    let _plan = ByIndex::new();
+    for reference in of(table, Which::All)? {
+        // Rows of the table itself that go along may point at each other.
+        let itself = if reference.table == table {
+            format!(" AND NOT EXISTS (SELECT FROM {unnest} WHERE {})", key_types.join_condition_of("r"))
+        } else {
+            String::new()
+        };
+        let query = format!(
+            "SELECT EXISTS (SELECT FROM {unnest} JOIN {name} AS t ON {condition} JOIN {} AS r ON {}{itself})",
+            reference.referencing, reference.matches
+        );
+        if required(Spi::get_one_with_args::<bool>(&query, &arguments)?)? {
+            return Err(reference.violated(&name));
+        }
+    }
+    Ok(())
 }
 
 impl Reference {

@@ -23,6 +23,7 @@ use crate::lookup::{self, Digests, Place, Subject};
 use crate::matching::{Match, rested_on};
 use crate::merge::Merge;
 use crate::passes::Passes;
+use crate::references;
 use crate::relation::{Access, Snapshot, Table};
 use crate::segment::{self, next_number};
 use crate::upsert;
@@ -235,10 +236,7 @@ pub fn twins<'k>(
     let wanted: Vec<u32> = (0..digests.len() as u32).collect();
     let places: HashMap<u32, Vec<lookup::Place>> =
         lookup::places(chunk.target_id, &digests, &wanted, &Snapshot::latest())?.into_iter().collect();
-    let indexed: bool = required(Spi::get_one_with_args(
-        "SELECT indexed_at IS NOT NULL FROM dedup.targets WHERE target_id = $1",
-        &[chunk.target_id.into()],
-    )?)?;
+    let indexed = is_indexed(chunk.target_id)?;
     // Each row with every older place of its content.
     let mut suspects: Vec<(u32, Subject)> = Vec::new();
     let mut twins = HashSet::new();
@@ -246,8 +244,8 @@ pub fn twins<'k>(
         let Ok(at) = digests.binary_search(&digest) else { continue };
         let places = places.get(&(at as u32)).map(Vec::as_slice).unwrap_or_default();
         let own = places.iter().find(|p| p.key == key_of(n)).map(|p| p.ordinal);
-        if own.is_none() && indexed {
-            twins.insert(n);
+        if own.is_none() {
+            twins.extend(indexed.then_some(n));
             continue;
         }
         let older = places.iter().filter(|p| p.key != key_of(n) && own.is_none_or(|own| p.ordinal < own));
@@ -264,6 +262,17 @@ pub fn twins<'k>(
     Ok(twins)
 }
 
+/// Was all that stood in a target before indexed? Otherwise a row without an entry may be anybody's.
+///
+/// # Errors
+/// SPI's own.
+pub fn is_indexed(target: i32) -> Result<bool> {
+    required(Spi::get_one_with_args(
+        "SELECT indexed_at IS NOT NULL FROM dedup.targets WHERE target_id = $1",
+        &[target.into()],
+    )?)
+}
+
 /// Deletes rows that are too many, before images kept.
 ///
 /// # Errors
@@ -273,13 +282,11 @@ pub fn remove_extra(chunk: &mut OpenChunk) -> Result<()> {
         let extra = chunk.extra.clone();
         let keys: Vec<&[u8]> = extra.iter().map(Vec::as_slice).collect();
         // Rows that point at one may be deleted by another chunk.
-        upsert::delete(chunk, &keys).map_err(|error| match error.code() {
-            PgSqlErrorCode::ERRCODE_FOREIGN_KEY_VIOLATION => {
-                Error::new(PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE, error.to_string())
-                    .hint("Repair the tables that reference it as well, or delete those rows.")
-            }
-            _ => error,
+        references::refuse_pointed_at(chunk.target, &chunk.key_types, &keys).map_err(|error| {
+            Error::new(PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE, error.to_string())
+                .hint("Repair the tables that reference it as well, or delete those rows.")
         })?;
+        upsert::delete(chunk, &keys)?;
     }
     if chunk.repair == Some(Repair::DeleteExtra) && chunk.keyless() {
         remove_by_content(chunk)
@@ -374,8 +381,7 @@ pub fn refuse_more_quarantine(chunk: &OpenChunk, quarantined: i64) -> Result<()>
 ///
 /// # Errors
 /// XX001 for a damaged block, 42501 without the privileges of a worker.
-pub fn retract(chunk: &OpenChunk, manifest: &[ManifestEntry<'_>]) -> Result<()> {
-    let stale = still_stale(chunk)?;
+pub fn retract(chunk: &OpenChunk, manifest: &[ManifestEntry<'_>], stale: Vec<Subject>) -> Result<()> {
     // What the chunk wrote there stands.
     let (rewritten, gone): (Vec<Subject>, Vec<Subject>) = stale.into_iter().partition(|(digest, key)| {
         let from = manifest.partition_point(|e| e.digest.as_bytes() < digest);

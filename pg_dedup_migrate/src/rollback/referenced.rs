@@ -13,7 +13,7 @@ use crate::hash::layout::stored_layout;
 use crate::hash::rows;
 use crate::index::Target;
 use crate::indexing::refuse_row_security;
-use crate::keyset::{KeyTypes, column_list, qualified_name};
+use crate::keyset::{column_list, qualified_name};
 use crate::lookup::Place;
 use crate::merge::Merge;
 use crate::planning::ByIndex;
@@ -180,31 +180,4 @@ fn delivered(rollback: &Rollback, part: &Part) -> Result<Layout> {
         &[rollback.run.into(), part.target.id.into()],
     )?;
     stored_layout(required(layout)?)
-}
-
-/// Refuses to delete rows that other rows point at, as things are now; the rows are locked, so that none comes to.
-///
-/// # Errors
-/// 23503 naming constraint and table.
-pub fn refuse_now(target: &Target, key_types: &KeyTypes, keys: &[&[u8]]) -> Result<()> {
-    let arguments = key_types.arrays(keys)?;
-    let (unnest, condition) = (key_types.unnest(), key_types.join_condition());
-    let name = qualified_name(target.table);
-    let _plan = ByIndex::new();
-    for reference in references::of(target.table, Which::All)? {
-        // Rows of the table itself that go along may point at each other.
-        let itself = if reference.table == target.table {
-            format!(" AND NOT EXISTS (SELECT FROM {unnest} WHERE {})", key_types.join_condition_of("r"))
-        } else {
-            String::new()
-        };
-        let query = format!(
-            "SELECT EXISTS (SELECT FROM {unnest} JOIN {name} AS t ON {condition} JOIN {} AS r ON {}{itself})",
-            reference.referencing, reference.matches
-        );
-        if required(Spi::get_one_with_args::<bool>(&query, &arguments)?)? {
-            return Err(reference.violated(&name));
-        }
-    }
-    Ok(())
 }

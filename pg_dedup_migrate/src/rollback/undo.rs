@@ -7,7 +7,6 @@ use pgrx::Uuid;
 use pgrx::prelude::*;
 
 use super::look::{Alone, Findings, look};
-use super::referenced::refuse_now;
 use super::restore::restore;
 use super::{Rollback, Undone};
 use crate::by_key::{Reading, rows_under};
@@ -287,7 +286,7 @@ fn delete(step: &Step, rows: &[(&[u8], Option<&Written>)]) -> Result<i64> {
     if !references::of(*table, Which::All)?.is_empty() {
         // No row may come to point at them between the check and the deletion, which might take it along.
         rows_under(Reading::Locked, *table, layout, key_types, &keys, |_, _| Ok(()))?;
-        refuse_now(&step.target, key_types, &keys)?;
+        references::refuse_pointed_at(*table, key_types, &keys)?;
     }
     let _plan = ByIndex::new();
     let query = format!(

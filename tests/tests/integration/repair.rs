@@ -266,3 +266,314 @@ async fn repaired_and_taken_back() {
     let left = db.column("SELECT n FROM public.items ORDER BY 1").await;
     assert_eq!(left, db.column("SELECT n FROM changed ORDER BY 1").await);
 }
+
+/// A run in SQL: `src` of items `(id, body, note)` into `items`.
+async fn local(pair: &Pair, name: &str, source: &str) -> String {
+    let db = &pair.target;
+    let run: String = db.one(&format!("SELECT dedup.create_run('{name}')::text")).await;
+    db.exec(&format!(
+        "SELECT dedup.add_table('{run}', 'public.{source}', 'public.items', content_columns => '{{body}}'); SELECT dedup.plan_chunks('{run}', 2000)"
+    ))
+    .await;
+    db.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+    run
+}
+
+/// `src` with that many items, and a target of the same columns.
+async fn local_items(key: &str, rows: i32) -> Pair {
+    let pair = Pair::start().await;
+    pair.target
+        .exec(&format!(
+            "CREATE TABLE public.src (id {key} PRIMARY KEY, body text, note text); CREATE TABLE public.items (LIKE public.src INCLUDING ALL); \
+             CREATE TABLE public.other (LIKE public.src INCLUDING ALL); INSERT INTO public.src SELECT n, 'b' || n, 'note' FROM generate_series(1, {rows}) AS n"
+        ))
+        .await;
+    pair
+}
+
+async fn run_status(db: &Db, run: &str) -> String {
+    db.one(&format!("SELECT status FROM dedup.runs WHERE run_id = '{run}'")).await
+}
+
+/// Every entry of the index has its row, every row its entry.
+async fn assert_index(db: &Db) {
+    let differ = db
+        .column(
+            "(SELECT target_location_uri || ' ' || encode(content_hash, 'hex') FROM dedup.hash_index('public.items')) EXCEPT \
+             SELECT 'postgres:///it/public.items?id=' || id || ' ' || encode(dedup.content_hash(body), 'hex') FROM public.items",
+        )
+        .await;
+    assert!(differ.is_empty(), "entries without a row: {differ:?}");
+    let rows: i64 = db.one("SELECT count(*) FROM public.items").await;
+    assert_eq!(
+        db.one::<i64>("SELECT count(*) FROM dedup.hash_index('public.items')").await,
+        rows,
+        "rows without an entry"
+    );
+}
+
+/// An entry whose row is gone and whose record changed does not swallow a later record.
+#[tokio::test(flavor = "multi_thread")]
+async fn entries_without_a_row_are_taken_out() {
+    let pair = local_items("int", 50).await;
+    let db = &pair.target;
+    let run = local(&pair, "one", "src").await;
+    db.exec(&format!("UPDATE public.items SET body = 'tampered' WHERE id = 3; UPDATE public.src SET body = 'new' WHERE id = 3; SELECT FROM dedup.reconcile('{run}', true); SELECT dedup.repair('{run}')")).await;
+    assert_eq!(run_status(db, &run).await, "reconciled");
+    assert_index(db).await;
+    db.exec("INSERT INTO public.src VALUES (150, 'b3', 'late')").await;
+    local(&pair, "two", "src").await;
+    assert_eq!(db.column("SELECT id::text FROM public.items WHERE body = 'b3'").await, ["150"]);
+}
+
+/// Rows that were put in by hand have no entry: they get one, or are folded; whatever is there twice is there once in the end.
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_put_in_by_hand() {
+    let pair = local_items("int", 200).await;
+    let db = &pair.target;
+    db.exec("UPDATE public.src SET body = 'X' WHERE id IN (5, 60, 130)").await;
+    let run = local(&pair, "one", "src").await;
+    db.exec(&format!(
+        "DELETE FROM public.items WHERE body = 'X'; UPDATE public.src SET body = 'Y' WHERE id = 5; \
+         INSERT INTO public.items VALUES (60, 'X', 'note'), (130, 'X', 'note'); UPDATE public.items SET note = 'tampered' WHERE id IN (61, 131); \
+         SELECT FROM dedup.reconcile('{run}'); SELECT dedup.repair('{run}')"
+    ))
+    .await;
+    assert_eq!(run_status(db, &run).await, "reconciled");
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM public.items WHERE body = 'X'").await, 1);
+    assert_index(db).await;
+}
+
+/// What the target refuses of a repair is not set aside: the chunk fails with the reason, and the run stays halted until it is mended.
+#[tokio::test(flavor = "multi_thread")]
+async fn refused_records_fail_the_repair() {
+    let pair = local_items("int", 50).await;
+    let db = &pair.target;
+    let run = local(&pair, "one", "src").await;
+    db.exec(&format!(
+        "UPDATE public.items SET note = NULL WHERE id = 7; DELETE FROM public.items WHERE id = 9; ALTER TABLE public.items ADD CHECK (id <> 9); SELECT FROM dedup.reconcile('{run}')"
+    ))
+    .await;
+    let (state, message) = db.fails(&format!("SELECT dedup.repair('{run}')")).await;
+    assert!(state == "55000" && message.contains("check_violation"), "{message}");
+    assert_eq!(run_status(db, &run).await, "halted");
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM dedup.quarantine").await, 0);
+    db.exec(&format!(
+        "ALTER TABLE public.items DROP CONSTRAINT items_id_check; SELECT dedup.repair('{run}')"
+    ))
+    .await;
+    assert_eq!(run_status(db, &run).await, "reconciled");
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM public.items WHERE note = 'note'").await, 50);
+}
+
+/// Rows that point at rows of later chunks.
+#[tokio::test(flavor = "multi_thread")]
+async fn foreign_keys_are_waited_for() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    pair.both("CREATE TABLE public.nodes (id int PRIMARY KEY, next int REFERENCES public.nodes DEFERRABLE, body text)").await;
+    pair.source.exec("BEGIN; SET CONSTRAINTS ALL DEFERRED; INSERT INTO public.nodes SELECT n, CASE WHEN n < 400 THEN n + 1 END, 'body ' || n FROM generate_series(1, 400) AS n; COMMIT; ANALYZE public.nodes").await;
+    pair.run(&["public.nodes"]).chunk_size("2kB").workers(2).exits(exit::DONE).await;
+    db.exec("DELETE FROM public.nodes WHERE id <= 300").await;
+    pair.reconcile().exits(exit::HALTED).await;
+    pair.repair().workers(2).exits(exit::DONE).await;
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM public.nodes").await, 400);
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM dedup.quarantine").await, 0);
+}
+
+/// A run that is verified at its end is repaired like any other, records that left the source included.
+#[tokio::test(flavor = "multi_thread")]
+async fn verified_at_the_end() {
+    let pair = items(&BY_NUMBER).await;
+    let db = &pair.target;
+    pair.run(&["public.items"])
+        .args(&["--content-columns", "public.items:body", "--verify", "end"])
+        .chunk_size("3kB")
+        .exits(exit::DONE)
+        .await;
+    pair.source.exec("DELETE FROM public.items WHERE n = 3").await;
+    db.exec("DELETE FROM public.items WHERE n IN (3, 5)").await;
+    pair.reconcile().exits(exit::HALTED).await;
+    pair.repair().exits(exit::DONE).await;
+    assert_right(&pair).await;
+}
+
+/// Cut off, the repair of a table without a key goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_without_a_key_that_was_cut_off() {
+    let pair = Pair::start().await;
+    pair.both(LOG_TABLE).await;
+    pair.source.exec(LOG_ROWS).await;
+    let db = &pair.target;
+    pair.run(&["public.log"]).chunk_size("30kB").workers(2).exits(exit::DONE).await;
+    for point in [failpoint::AFTER_COMMIT, failpoint::COPIED] {
+        db.exec("DELETE FROM public.log WHERE line IN ('line 1', 'line 2000')").await;
+        pair.reconcile().exits(exit::HALTED).await;
+        pair.repair().workers(1).killed_at(&format!("{point}@2")).await;
+        db.exec("UPDATE dedup.workers SET heartbeat_at = heartbeat_at - interval '1 h'; UPDATE dedup.checkpoints SET leased_at = leased_at - interval '1 h' WHERE status = 'syncing' AND written_at IS NULL").await;
+        pair.repair().exits(exit::DONE).await;
+        let wanted = pair.source.column("SELECT DISTINCT t::text FROM public.log AS t ORDER BY 1").await;
+        assert_eq!(db.column("SELECT t::text FROM public.log AS t ORDER BY 1").await, wanted);
+    }
+    // A row that was written again and then came back by hand is nobody's.
+    db.exec("INSERT INTO public.log SELECT * FROM public.log WHERE line = 'line 1'").await;
+    pair.reconcile().exits(exit::DONE).await;
+}
+
+/// The first record with a key has it in a repair, too, though the other's chunk is the one that is repaired.
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_that_are_taken() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    pair.both("CREATE TABLE public.items (id int PRIMARY KEY, body text, note text)").await;
+    pair.source
+        .exec(
+            "CREATE TABLE public.sa (LIKE public.items INCLUDING ALL); CREATE TABLE public.sb (LIKE public.items INCLUDING ALL); \
+             INSERT INTO public.sa SELECT n, 'a' || n, 'note' FROM generate_series(1, 10) AS n; INSERT INTO public.sb SELECT n, 'b' || n, 'note' FROM generate_series(10, 20) AS n",
+        )
+        .await;
+    let tables = ["public.sa=public.items", "public.sb=public.items"];
+    let run = pair.run(&tables).workers(1).args(&[
+        "--content-columns",
+        "public.sa:body",
+        "--content-columns",
+        "public.sb:body",
+    ]);
+    run.exits(exit::LEFT_ASIDE).await;
+    run.exits(exit::LEFT_ASIDE).await;
+    db.exec("UPDATE public.items SET note = 'tampered' WHERE id = 15").await;
+    pair.reconcile().exits(exit::HALTED).await;
+    let before = db.one::<String>("SELECT xmin || ' ' || t FROM public.items AS t WHERE id = 10").await;
+    pair.repair().exits(exit::LEFT_ASIDE).await;
+    assert_eq!(
+        db.one::<String>("SELECT xmin || ' ' || t FROM public.items AS t WHERE id = 10").await,
+        before
+    );
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM dedup.pass_keys").await, 0);
+}
+
+/// What a plain pass cleared away is not missed by the comparison after a repair.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_strict_and_a_plain_pass() {
+    let pair = local_items("int", 100).await;
+    let db = &pair.target;
+    db.exec(
+        "INSERT INTO public.other VALUES (1000, 'X', 'note'); UPDATE public.src SET body = 'X' WHERE id = 5",
+    )
+    .await;
+    local(&pair, "one", "other").await;
+    let run = local(&pair, "two", "src").await;
+    db.exec(&format!(
+        "UPDATE public.src SET note = 'later' WHERE id = 99; SELECT FROM dedup.reconcile('{run}', true); SELECT FROM dedup.reconcile('{run}'); \
+         DELETE FROM public.items WHERE id = 1000; SELECT dedup.repair('{run}')"
+    ))
+    .await;
+    if run_status(db, &run).await == "halted" {
+        db.exec(&format!("SELECT dedup.repair('{run}')")).await;
+    }
+    assert_eq!(run_status(db, &run).await, "reconciled");
+    assert_eq!(db.column("SELECT id::text FROM public.items WHERE body = 'X'").await, ["5"]);
+}
+
+/// Extra rows: those that the source has again stay, those that another run's records are stay, parents go after their children.
+#[tokio::test(flavor = "multi_thread")]
+async fn extra_rows_that_stay() {
+    let pair = local_items("int", 50).await;
+    let db = &pair.target;
+    local(&pair, "one", "src").await;
+    db.exec("DELETE FROM public.src WHERE id IN (3, 7)").await;
+    let run = local(&pair, "two", "src").await;
+    db.exec(&format!("SELECT FROM dedup.reconcile('{run}')")).await;
+    assert_eq!(run_status(db, &run).await, "halted");
+    db.exec(&format!("INSERT INTO public.src VALUES (3, 'b3', 'note'); SELECT dedup.repair('{run}', true)"))
+        .await;
+    assert_eq!(run_status(db, &run).await, "reconciled");
+    assert_eq!(db.column("SELECT id::text FROM public.items WHERE id IN (3, 7)").await, ["3"]);
+
+    db.exec("INSERT INTO public.other VALUES (8, 'b8', 'note'); DELETE FROM public.src WHERE id = 8").await;
+    local(&pair, "of another source", "other").await;
+    let run = local(&pair, "three", "src").await;
+    db.exec(&format!("SELECT FROM dedup.reconcile('{run}')")).await;
+    let (state, message) = db.fails(&format!("SELECT dedup.repair('{run}', true)")).await;
+    assert!(state == "55000" && message.contains("found unchanged"), "{message}");
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM public.items WHERE id = 8").await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn extra_parents_and_children() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    pair.both("CREATE TABLE public.parents (id int PRIMARY KEY, body text); CREATE TABLE public.children (id int PRIMARY KEY, parent int REFERENCES public.parents)").await;
+    pair.source.exec("INSERT INTO public.parents SELECT n, 'p' || n FROM generate_series(1, 20) AS n; INSERT INTO public.children SELECT n, n FROM generate_series(1, 20) AS n").await;
+    let run = pair.run(&["public.parents", "public.children"]).workers(1);
+    run.exits(exit::DONE).await;
+    pair.source
+        .exec("DELETE FROM public.children WHERE id = 4; DELETE FROM public.parents WHERE id = 4")
+        .await;
+    run.exits(exit::DONE).await;
+    pair.reconcile().exits(exit::HALTED).await;
+    pair.repair().arg("--delete-extra").workers(1).exits(exit::DONE).await;
+    assert_eq!(
+        db.texts("SELECT (SELECT count(*) FROM public.parents), (SELECT count(*) FROM public.children)")
+            .await,
+        [line(&["19", "19"])]
+    );
+}
+
+/// A key that is spelled otherwise now: the row is the record's, and is not deleted for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_spelled_otherwise() {
+    let pair = local_items("numeric", 20).await;
+    let db = &pair.target;
+    let run = local(&pair, "one", "src").await;
+    db.exec(&format!("UPDATE public.items SET id = 3.00 WHERE id = 3; SELECT FROM dedup.reconcile('{run}')"))
+        .await;
+    assert_eq!(run_status(db, &run).await, "halted");
+    db.exec(&format!("SELECT dedup.repair('{run}')")).await;
+    assert_eq!(run_status(db, &run).await, "reconciled");
+    assert_eq!(db.column("SELECT id::text FROM public.items WHERE body = 'b3'").await, ["3"]);
+    assert_index(db).await;
+}
+
+/// Rows that stood in a table which was not indexed are nobody's, whatever they hold.
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_of_a_table_that_was_not_indexed() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    pair.both("CREATE TABLE public.items (k bigint PRIMARY KEY, body text)").await;
+    pair.source.exec("INSERT INTO public.items SELECT n, CASE WHEN n IN (5, 190) THEN 'X' ELSE 'b' || n END FROM generate_series(1, 200) AS n; ANALYZE public.items").await;
+    db.exec("INSERT INTO public.items VALUES (190, 'X')").await;
+    pair.run(&["public.items"])
+        .args(&["--content-columns", "public.items:body", "--no-index-existing"])
+        .chunk_size("1kB")
+        .exits(exit::DONE)
+        .await;
+    pair.reconcile().exits(exit::DONE).await;
+    db.exec("UPDATE public.items SET body = 'tampered' WHERE k IN (7, 189)").await;
+    pair.reconcile().exits(exit::HALTED).await;
+    pair.repair().exits(exit::DONE).await;
+    assert_eq!(db.column("SELECT k::text FROM public.items WHERE body = 'X' ORDER BY k").await, ["190", "5"]);
+}
+
+/// Whatever is done to the rows at random, several workers set it right in one call, and nothing is left to be found.
+#[tokio::test(flavor = "multi_thread")]
+async fn random_damage() {
+    for seed in [0.1, 0.2, 0.3] {
+        let pair = items(&BY_NUMBER).await;
+        let db = &pair.target;
+        db.exec(&format!(
+            "SELECT setseed({seed}); CREATE TABLE saved AS TABLE public.items; CREATE TABLE src AS SELECT n * 10::int8 AS k, n, 'body ' || n % 1500 AS body, 'note ' || n AS note FROM generate_series(1, 2000) AS n; \
+             DELETE FROM public.items WHERE random() < 0.1; UPDATE public.items SET body = 'body ' || (random() * 1499)::int WHERE random() < 0.1; \
+             UPDATE public.items SET note = NULL WHERE random() < 0.05; \
+             INSERT INTO public.items SELECT * FROM src WHERE random() < 0.2 ON CONFLICT DO NOTHING; \
+             UPDATE public.items SET body = 'gone' WHERE random() < 0.03"
+        ))
+        .await;
+        pair.reconcile().exits(exit::HALTED).await;
+        pair.repair().workers(4).exits(exit::DONE).await;
+        assert_right(&pair).await;
+        pair.reconcile().exits(exit::DONE).await;
+        let entries: i64 = db.one("SELECT count(*) FROM dedup.hash_index('public.items')").await;
+        assert_eq!(entries, db.one::<i64>("SELECT count(*) FROM public.items").await);
+    }
+}
