@@ -36,11 +36,11 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     refused bigint;
     chunks text[];
-    status text;
+    run_status text;
 BEGIN
     -- Of a halted run too: its chunks are repaired.
-    status := (dedup.lock_run(run)).status;
-    IF status NOT IN ('running', 'halted') THEN
+    run_status := (dedup.lock_run(run)).status;
+    IF run_status NOT IN ('running', 'halted') THEN
         RETURN before;
     END IF;
     -- Only where the referenced table is written by the run, too. Whether that happened before or after the record was refused, nothing tells for
@@ -58,7 +58,7 @@ BEGIN
         WHERE w.run_id = run AND EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.table_id = w.table_id AND c.chunk_id <> r.chunk_id));
     IF refused > 0 AND (before IS NULL OR refused < before) THEN
         UPDATE dedup.checkpoints AS c
-        SET status = 'pending', attempts = 0, not_before = NULL, written_at = NULL, repair = CASE WHEN retry_foreign_keys.status = 'halted' THEN coalesce(c.repair, 'rewrite') END
+        SET status = 'pending', attempts = 0, not_before = NULL, written_at = NULL, repair = CASE WHEN run_status = 'halted' THEN coalesce(c.repair, 'rewrite') END
         WHERE c.run_id = run AND c.chunk_id = ANY (chunks)
             AND (c.status = 'verified' OR c.status = 'syncing' AND c.written_at IS NOT NULL);
         PERFORM dedup.log_event(run, NULL, 'foreign_keys_retried', jsonb_build_object('records', refused, 'chunks', cardinality(chunks)));

@@ -7,7 +7,7 @@
 //!                             │  └──▶ lookup ──▶ segment ──▶ relation
 //!          ──COPY──▶ target   │
 //!          ──finish_chunk──▶ finish ──▶ segment, ledger; hash::rows reads back
-//!   DBA    ──SELECT──▶ index, compaction, views
+//!   DBA    ──SELECT──▶ index, compaction, views; reconcile, repair, rollback
 //! ```
 use pgrx::prelude::*;
 
@@ -91,7 +91,7 @@ extension_sql_file!(
 extension_sql_file!(
     "../../sql/56_repair.sql",
     name = "repair",
-    requires = ["reconcile", "local", verification::verify_written, repair::retract_stale]
+    requires = ["reconcile", "local", verification::verify_written, repair::audit::retract_stale]
 );
 extension_sql_file!(
     "../../sql/57_rollback.sql",

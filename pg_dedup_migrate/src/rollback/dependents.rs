@@ -4,7 +4,6 @@
 //! One walk over the index, in order of digest, with what others rest on looked up beside it, as much at a time as fits `maintenance_work_mem`.
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use pg_dedup_record::block::{Entry, Stamp};
 use pg_dedup_record::digest::Digest;
 use pgrx::Uuid;
 use pgrx::prelude::*;
@@ -14,14 +13,13 @@ use crate::by_key::{Reading, rows_under};
 use crate::chunk::required;
 use crate::error::{Error, Result};
 use crate::index::Target;
-use crate::keyset::hash_of;
 use crate::ledger;
 use crate::lookup::{self, Place};
 use crate::matching::rested_on;
 use crate::merge::Merge;
 use crate::passes::{Pass, Passes};
 use crate::relation::{Access, Snapshot, Table};
-use crate::segment::{self, SegmentWriter, next_number};
+use crate::segment;
 
 /// Ordinals that are none of the rollback's, of runs that stand; parameters: target, run, chunk or null.
 const OTHERS: &str = "dedup.ordinals AS o JOIN dedup.runs AS r ON r.run_id = o.run_id \
@@ -30,7 +28,7 @@ const OTHERS: &str = "dedup.ordinals AS o JOIN dedup.runs AS r ON r.run_id = o.r
 
 /// What becomes of an entry whose finish is taken back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fate {
+pub enum Fate {
     /// Its row goes, or is again what it was before.
     Goes,
     /// The finish with this ordinal, which stays, changed the row.
@@ -149,13 +147,19 @@ fn for_each_other(
     })
 }
 
-/// How much others rest on the target, in bytes of memory for each pass; zero: nobody rests on anything, and nobody has changed anything.
-struct Scale {
-    entries: usize,
+/// How much there is to look at.
+pub struct Scale {
+    /// Records of others that rest on rows of the target, whoever wrote these.
+    pub entries: usize,
+    /// Others rest on rows, or have changed some.
     any: bool,
 }
 
-fn scale(rollback: &Rollback, part: &Part) -> Result<Scale> {
+/// How much others have to do with the target.
+///
+/// # Errors
+/// SPI's own.
+pub fn scale(rollback: &Rollback, part: &Part) -> Result<Scale> {
     let arguments = [part.target.id.into(), rollback.run.into(), rollback.chunk.clone().into()];
     let (blocks, unchanged) = Spi::get_two_with_args::<i64, i64>(
         &format!(
@@ -200,7 +204,10 @@ pub fn is_overwritten(rollback: &Rollback, parts: &[Part]) -> Result<bool> {
 }
 
 /// Walks over the entries that leave, and what becomes of each.
-fn walk(
+///
+/// # Errors
+/// XX001 for damaged state; what `visit` returns.
+pub fn walk(
     rollback: &Rollback,
     part: &Part,
     entries: usize,
@@ -370,154 +377,6 @@ pub fn owners(target: i32, rows: &[(Digest, Vec<u8>)]) -> Result<Vec<Option<Plac
             places.get(&(at as u32))?.iter().find(|p| p.key == *key).cloned()
         })
         .collect())
-}
-
-/// Rows that were kept for others.
-#[derive(Default)]
-pub struct HandedOver {
-    /// How many.
-    pub rows: i64,
-    /// The ordinals that they stand under now.
-    pub ordinals: HashSet<u64>,
-}
-
-/// Whom a row is kept for, and who wrote it: rows of one such pair stand under one new ordinal.
-type Heritage = (u64, u64);
-
-/// Keeps the rows that records of others rest on: they get an entry of the other's chunk, under a new ordinal, and their before images, if they
-/// have any, become its before images.
-///
-/// # Errors
-/// XX001 for damaged state, 42501 without the privileges of a worker.
-pub fn hand_over(rollback: &Rollback, part: &Part) -> Result<HandedOver> {
-    let scale = scale(rollback, part)?;
-    let mut handed_over = HandedOver::default();
-    if scale.entries == 0 {
-        return Ok(handed_over);
-    }
-    let images = keys_with_images(rollback, part)?;
-    let blocks = Table::open("segment_block", Access::Insert)?;
-    let segments = Table::open("segment", Access::Insert)?;
-    let mut writer = SegmentWriter::new(&blocks, part.target.id, 0)?;
-    let mut ordinals: HashMap<Heritage, (u64, i64)> = HashMap::new();
-    let mut moved: Vec<(u64, Vec<u8>, u64)> = Vec::new();
-    // Of one content: entries are written in order.
-    let mut pending: Vec<(Digest, u64, Place)> = Vec::new();
-    let mut flush = |pending: &mut Vec<(Digest, u64, Place)>| -> Result<()> {
-        pending.sort_unstable_by(|a, b| (a.1, &a.2.key).cmp(&(b.1, &b.2.key)));
-        for (digest, ordinal, place) in pending.drain(..) {
-            let stamp = Stamp { ordinal, tombstone: false };
-            writer.push(&Entry { digest, stamp, row_digest: place.row_digest, key: &place.key })?;
-        }
-        Ok(())
-    };
-    walk(rollback, part, scale.entries, |digest, place, fate| {
-        let Fate::Rested(heir) = fate else { return Ok(()) };
-        if pending.last().is_some_and(|(last, ..)| last != digest) {
-            flush(&mut pending)?;
-        }
-        let ordinal = match ordinals.get_mut(&(heir, place.ordinal)) {
-            Some((known, rows)) => {
-                *rows += 1;
-                *known
-            }
-            None => {
-                let ordinal = inherited_ordinal(heir, place.ordinal)?;
-                ordinals.insert((heir, place.ordinal), (ordinal, 1));
-                ordinal
-            }
-        };
-        if images.contains(&subject(place.ordinal, &place.key)) {
-            moved.push((place.ordinal, place.key.clone(), ordinal));
-        }
-        handed_over.rows += 1;
-        pending.push((*digest, ordinal, place.clone()));
-        Ok(())
-    })?;
-    flush(&mut pending)?;
-    writer.finish(&segments)?;
-    for (ordinal, rows) in ordinals.into_values() {
-        Spi::run_with_args(
-            "UPDATE dedup.ordinals SET heir_rows = $2 WHERE ordinal = $1",
-            &[ordinal.cast_signed().into(), rows.into()],
-        )?;
-        handed_over.ordinals.insert(ordinal);
-    }
-    let tombstones = move_images(&moved)?;
-    segment::write_tombstones(part.target.id, tombstones)?;
-    Ok(handed_over)
-}
-
-/// What a before image is known by, within a rollback.
-pub fn subject(ordinal: u64, key: &[u8]) -> u64 {
-    hash_of(&[&ordinal.to_be_bytes(), key])
-}
-
-/// [`subject`] of each before image of what is taken back.
-///
-/// # Errors
-/// SPI's own.
-pub fn keys_with_images(rollback: &Rollback, part: &Part) -> Result<HashSet<u64>> {
-    Spi::connect(|client| {
-        let mut hashes = HashSet::new();
-        let mut cursor = client.open_cursor(
-            "SELECT ordinal, key FROM dedup.before_images WHERE run_id = $1 AND target_id = $2 AND ($3::pg_catalog.text IS NULL OR chunk_id = $3)",
-            &[rollback.run.into(), part.target.id.into(), rollback.chunk.clone().into()],
-        );
-        loop {
-            let rows = cursor.fetch(10_000)?;
-            if rows.is_empty() {
-                return Ok(hashes);
-            }
-            for row in rows {
-                let ordinal: i64 = required(row["ordinal"].value()?)?;
-                let key: Vec<u8> = required(row["key"].value()?)?;
-                hashes.insert(subject(ordinal.cast_unsigned(), &key));
-            }
-        }
-    })
-}
-
-/// An ordinal of the heir's chunk for rows that `writer` wrote; it remembers whose columns their row digests are about.
-fn inherited_ordinal(heir: u64, writer: u64) -> Result<u64> {
-    let ordinal = next_number("ordinal_seq")?;
-    Spi::run_with_args(
-        "INSERT INTO dedup.ordinals (ordinal, target_id, run_id, chunk_id, pass, heir_of, heir_table) \
-         SELECT $1, h.target_id, h.run_id, h.chunk_id, 0, coalesce(w.heir_of, w.run_id), coalesce(w.heir_table, c.table_id) \
-         FROM dedup.ordinals AS h, dedup.ordinals AS w LEFT JOIN dedup.checkpoints AS c ON c.run_id = w.run_id AND c.chunk_id = w.chunk_id \
-         WHERE h.ordinal = $2 AND w.ordinal = $3",
-        &[ordinal.into(), heir.cast_signed().into(), writer.cast_signed().into()],
-    )?;
-    Ok(ordinal.cast_unsigned())
-}
-
-/// Before images go with the rows they belong to; returns what these held before: (content, ordinal, key).
-fn move_images(moved: &[(u64, Vec<u8>, u64)]) -> Result<Vec<(Digest, u64, Vec<u8>)>> {
-    if moved.is_empty() {
-        return Ok(Vec::new());
-    }
-    let from: Vec<i64> = moved.iter().map(|(from, ..)| from.cast_signed()).collect();
-    let keys: Vec<Vec<u8>> = moved.iter().map(|(_, key, _)| key.clone()).collect();
-    let to: Vec<i64> = moved.iter().map(|(.., to)| to.cast_signed()).collect();
-    Spi::connect_mut(|client| {
-        client
-            .update(
-                "UPDATE dedup.before_images AS b SET ordinal = o.ordinal, run_id = o.run_id, chunk_id = o.chunk_id \
-                 FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) AS u(old, key, new) \
-                     JOIN dedup.ordinals AS o ON o.ordinal = u.new \
-                 WHERE b.ordinal = u.old AND b.key = u.key RETURNING b.content_hash, b.ordinal, b.key",
-                None,
-                &[from.into(), keys.into(), to.into()],
-            )?
-            .map(|row| {
-                let digest: Vec<u8> = required(row["content_hash"].value()?)?;
-                let digest = Digest::from_slice(&digest)
-                    .ok_or_else(|| Error::corrupted("a before image's content hash is not 32 bytes"))?;
-                let ordinal: i64 = required(row["ordinal"].value()?)?;
-                Ok((digest, ordinal.cast_unsigned(), required(row["key"].value()?)?))
-            })
-            .collect()
-    })
 }
 
 #[cfg(test)]

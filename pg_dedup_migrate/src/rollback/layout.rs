@@ -10,7 +10,7 @@ use pg_dedup_record::block::{Entry, Stamp};
 use pg_dedup_record::digest::Digest;
 
 use super::Part;
-use super::dependents::HandedOver;
+use super::heirs::HandedOver;
 use crate::error::Result;
 use crate::lookup::Place;
 use crate::merge::Merge;

@@ -14,6 +14,7 @@
 //! tombstones leave the index, which says then what it said before. So several finishes that touched one row are undone newest first, and whoever
 //! finds that a newer one has not been undone yet comes back later.
 mod dependents;
+mod heirs;
 mod keyless;
 mod layout;
 mod look;
@@ -34,7 +35,7 @@ use crate::indexing::{lock_exclusively, refuse_row_security};
 use crate::keyset::qualified_name;
 use crate::relation::Snapshot;
 use crate::segment::{self, Segment};
-use dependents::HandedOver;
+use heirs::HandedOver;
 
 /// A row of `dedup.rollbacks`.
 struct Rollback {
@@ -230,7 +231,7 @@ fn prepare(id: i64) -> Result<i64> {
     let handed_over = parts
         .iter()
         .map(|part| match rollback.forced {
-            true => dependents::hand_over(&rollback, part),
+            true => heirs::hand_over(&rollback, part),
             false => Ok(HandedOver::default()),
         })
         .collect::<Result<Vec<_>>>()?;

@@ -4,7 +4,8 @@ use pg_dedup_record::layout::Layout;
 use pgrx::JsonB;
 use pgrx::prelude::*;
 
-use super::dependents::{HandedOver, keys_with_images, owners, subject};
+use super::dependents::owners;
+use super::heirs::{HandedOver, keys_with_images, subject};
 use super::layout::is_handed_over;
 use super::{Part, Rollback};
 use crate::chunk::required;
