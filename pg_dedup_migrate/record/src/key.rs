@@ -106,6 +106,12 @@ mod tests {
     }
 
     #[test]
+    fn a_digest_is_what_sha256_says() {
+        let hex = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+        assert_eq!(digest(b"").to_string(), hex);
+    }
+
+    #[test]
     fn format_is_the_protocol_s() {
         assert_eq!(encoded(&[b"one".to_vec()]), b"one");
         assert_eq!(encoded(&[b"ab".to_vec(), b"c".to_vec()]), b"\0\0\0\x02abc");
