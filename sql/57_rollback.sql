@@ -47,7 +47,6 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     r dedup.runs;
     id bigint;
-    other text;
 BEGIN
     PERFORM dedup.end_stale_leases(run);
     r := dedup.lock_run(run);
