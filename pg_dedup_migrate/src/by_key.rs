@@ -2,11 +2,11 @@
 use pg_dedup_record::layout::Layout;
 use pgrx::pg_sys;
 
-use crate::chunk::required;
 use crate::error::Result;
 use crate::hash::rows::{self, RowView, View};
 use crate::keyset::{KeyTypes, column_list, qualified_name};
 use crate::planning::ByIndex;
+use crate::sql::required;
 
 /// Which rows are found, and whether they stay as they are.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -3,12 +3,12 @@ use pg_dedup_record::layout::Layout;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 
-use crate::chunk::required;
 use crate::error::{Error, Result};
 use crate::hash::rows::{self, RowView};
 use crate::keyset::{column_list, qualified_name};
 use crate::references::{self, Which};
-use crate::upsert::execute;
+use crate::sql::execute;
+use crate::sql::required;
 
 /// Rows deleted by one statement.
 const BATCH: usize = 50_000;

@@ -7,7 +7,6 @@ use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
-use pg_dedup_record::checksum::Checksum;
 use pg_dedup_record::fold::Lists;
 use pg_dedup_record::layout::Layout;
 use pgrx::pg_sys::panic::ErrorReport;
@@ -19,13 +18,14 @@ use pgrx::{
 
 use crate::error::{Error, Result};
 use crate::hash::layout::stored_layout;
-use crate::keyset::{self, KeyTypes};
+use crate::keyset::{self, KeyRange, KeyTypes};
 use crate::lookup::{Leaving, Subject};
 use crate::matching::Standing;
 use crate::planning::ByIndex;
 use crate::relation;
 use crate::repair::Repair;
 use crate::shmem::{self, Scope, warmth};
+use crate::sql::required;
 
 /// One chunk between `begin_chunk` and the end of its transaction.
 #[derive(Clone)]
@@ -80,15 +80,6 @@ pub struct OpenChunk {
     pub finished: bool,
     /// What a call in a subtransaction may have changed is undone with it: this is where the state was changed last.
     changed_in: pg_sys::SubTransactionId,
-}
-
-/// A half-open key range in the target's own order.
-#[derive(Clone, Debug)]
-pub struct KeyRange {
-    /// First key in it, one text a key column; `None`: open.
-    pub lower: Option<Vec<String>>,
-    /// First key past it; `None`: open.
-    pub upper: Option<Vec<String>>,
 }
 
 impl OpenChunk {
@@ -484,23 +475,4 @@ fn is_occupied(chunk: &OpenChunk) -> Result<bool> {
     let query = format!("SELECT EXISTS (SELECT FROM {} AS t WHERE {condition})", chunk.target_name());
     let arguments: Vec<_> = arguments.iter().map(|a| a.as_str().into()).collect();
     required(Spi::get_one_with_args::<bool>(&query, &arguments)?)
-}
-
-/// A checksum as checkpoints keep it.
-///
-/// # Errors
-/// XX001 when it is null or not 32 bytes.
-pub fn stored_checksum(bytes: Option<Vec<u8>>) -> Result<Checksum> {
-    let bytes: [u8; 32] = required(bytes)?
-        .try_into()
-        .map_err(|_| Error::corrupted("a checkpoint's checksum is not 32 bytes"))?;
-    Ok(Checksum::from_bytes(&bytes))
-}
-
-/// A value that a NOT NULL column or an aggregate cannot leave out.
-///
-/// # Errors
-/// XX001 when it is null all the same.
-pub fn required<T>(value: Option<T>) -> Result<T> {
-    value.ok_or_else(|| Error::corrupted("a value of a dedup table is null"))
 }

@@ -50,8 +50,8 @@ fn tablespaces() -> Result<Vec<(String, String)>> {
         )?;
         rows.into_iter()
             .map(|row| {
-                let name = crate::chunk::required(row["name"].value()?)?;
-                Ok((name, crate::chunk::required(row["path"].value()?)?))
+                let name = crate::sql::required(row["name"].value()?)?;
+                Ok((name, crate::sql::required(row["path"].value()?)?))
             })
             .collect()
     })

@@ -11,7 +11,7 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use pgrx::{JsonB, Uuid, pg_sys};
 
-use crate::chunk::{self, OpenChunk, required};
+use crate::chunk::{self, OpenChunk};
 use crate::error::{Error, Result};
 use crate::hash::rows;
 use crate::keyset::{column_list, hash_of};
@@ -23,6 +23,7 @@ use crate::relation::{Access, Table};
 use crate::repair;
 use crate::segment::{SegmentWriter, next_number};
 use crate::shmem::claims;
+use crate::sql::required;
 
 /// The six counts and the six checksums of a chunk, in the order of the books: source, inserted, updated, unchanged, duplicate, quarantined.
 pub struct Books {

@@ -7,7 +7,7 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use pgrx::{JsonB, PgRelation, Uuid, pg_sys};
 
-use crate::chunk::{self, required};
+use crate::chunk;
 use crate::error::{Error, Result};
 use crate::hash::layout::stored_layout;
 use crate::keyset::{KeyTypes, qualified_name};
@@ -16,6 +16,7 @@ use crate::lookup::{self, Place};
 use crate::relation::{Access, Snapshot, Table};
 use crate::segment::{self, BlockReader};
 use crate::shmem::{self, claims, filter, warmth};
+use crate::sql::required;
 
 /// A row of `dedup.targets`.
 pub struct Target {

@@ -9,7 +9,6 @@ use pg_dedup_record::layout::Layout;
 use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys;
 
-use crate::chunk::KeyRange;
 use crate::error::{Error, Result};
 
 /// A table's name, quoted and qualified.
@@ -52,6 +51,15 @@ pub fn column_list(layout: &Layout, alias: &str) -> String {
     let columns: Vec<String> =
         layout.columns.iter().map(|c| format!("{alias}.{}", quote_ident(&c.name))).collect();
     columns.join(", ")
+}
+
+/// A half-open key range in the target's own order.
+#[derive(Clone, Debug)]
+pub struct KeyRange {
+    /// First key in it, one text a key column; `None`: open.
+    pub lower: Option<Vec<String>>,
+    /// First key past it; `None`: open.
+    pub upper: Option<Vec<String>>,
 }
 
 /// One key column's type.

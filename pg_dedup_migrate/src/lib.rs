@@ -45,6 +45,7 @@ mod repair;
 mod rollback;
 mod segment;
 mod shmem;
+mod sql;
 mod upsert;
 mod verification;
 mod version;

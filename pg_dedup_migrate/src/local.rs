@@ -12,7 +12,7 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use pgrx::{JsonB, Uuid, pg_sys};
 
-use crate::chunk::{self, OpenChunk, required};
+use crate::chunk::{self, OpenChunk};
 use crate::claim;
 use crate::copy;
 use crate::error::{Error, Result};
@@ -20,6 +20,7 @@ use crate::finish::{self, Books};
 use crate::hash::rows::{self, View};
 use crate::keyset::quote_literal;
 use crate::matching;
+use crate::sql::required;
 use crate::upsert;
 
 /// Records of one chunk that may be refused before it fails.

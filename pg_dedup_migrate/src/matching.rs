@@ -12,7 +12,7 @@ use pgrx::Uuid;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
-use crate::chunk::{self, OpenChunk, required};
+use crate::chunk::{self, OpenChunk};
 use crate::error::{Error, Result};
 use crate::hash::rows;
 use crate::keyset::column_list;
@@ -20,6 +20,7 @@ use crate::lookup;
 use crate::planning::ByIndex;
 use crate::relation::Snapshot;
 use crate::repair;
+use crate::sql::required;
 
 /// What stands in the target under a record's key. The numbers are what `dedup.match_keys` answers, one byte a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,12 +8,12 @@ use pgrx::Uuid;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
-use crate::chunk::required;
 use crate::error::Result;
 use crate::ledger;
 use crate::lookup::{self, Leaving};
 use crate::relation::{Access, Snapshot, Table};
 use crate::segment::{self, BlockReader};
+use crate::sql::required;
 
 /// `dedup.orphans`: chunks, of every standing run on the targets of this one, whose ledger names contents that were retracted and stand
 /// nowhere any more, and how many records each.

@@ -3,10 +3,10 @@ use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 
-use crate::chunk::required;
 use crate::error::{Error, Result};
 use crate::keyset::{KeyTypes, qualified_name};
 use crate::planning::ByIndex;
+use crate::sql::required;
 
 /// Which foreign keys are asked for.
 #[derive(Clone, Copy, PartialEq, Eq)]

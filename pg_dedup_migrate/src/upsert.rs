@@ -12,7 +12,7 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use pgrx::{JsonB, Uuid};
 
-use crate::chunk::{self, OpenChunk, required};
+use crate::chunk::{self, OpenChunk};
 use crate::error::{Error, Result};
 use crate::finish::draw_ordinal;
 use crate::hash::rows;
@@ -20,6 +20,8 @@ use crate::keyset::{KeyTypes, column_list, qualified_name, quote_ident, quote_li
 use crate::matching::unpack_keys;
 use crate::planning::{ByIndex, ExactTexts};
 use crate::references;
+use crate::sql::execute;
+use crate::sql::required;
 
 /// Name of the staging table: whoever puts the same columns into the same target within one transaction shares it.
 fn staging_name(target: pg_sys::Oid, layout: &Layout) -> String {
@@ -357,12 +359,4 @@ fn other_columns(chunk: &OpenChunk) -> Result<Vec<String>> {
             .map(|row| required(row["name"].value()?))
             .collect()
     })
-}
-
-/// Runs a statement with typed arguments; returns the rows it touched.
-///
-/// # Errors
-/// SPI's own; an ERROR of the statement passes through.
-pub fn execute(query: &str, arguments: &[DatumWithOid<'_>]) -> Result<i64> {
-    Spi::connect_mut(|client| Ok(client.update(query, None, arguments)?.len() as i64))
 }

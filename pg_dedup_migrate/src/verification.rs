@@ -15,7 +15,6 @@ use pgrx::Uuid;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
-use crate::chunk::{required, stored_checksum};
 use crate::error::{Error, Result};
 use crate::hash::rows;
 use crate::index::Target;
@@ -23,6 +22,7 @@ use crate::keyset::{column_list, hash_of, qualified_name};
 use crate::passes::Passes;
 use crate::relation::{Access, Snapshot, Table};
 use crate::segment::{self, BlockReader, Segment, SegmentWriter, next_number};
+use crate::sql::{required, stored_checksum};
 
 /// What of an entry the scan has found.
 #[derive(Clone, Copy, PartialEq, Eq)]

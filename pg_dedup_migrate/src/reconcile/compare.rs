@@ -13,13 +13,14 @@ use super::explained::{Ledger, quarantined};
 use super::report::{Findings, Kind};
 use super::{Chunk, Owner, Owners, Rows, pack_hashes};
 use crate::by_key::{Reading, rows_under};
-use crate::chunk::{KeyRange, required};
 use crate::error::{Error, Result};
 use crate::hash::rows::{self, View};
+use crate::keyset::KeyRange;
 use crate::keyset::{column_list, hash_of, qualified_name};
 use crate::lookup::{self, Leaving, Place};
 use crate::planning::ByIndex;
 use crate::relation::Snapshot;
+use crate::sql::required;
 
 /// Compares a chunk and enters what is found; returns the mismatches.
 ///

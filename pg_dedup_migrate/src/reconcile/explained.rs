@@ -6,9 +6,9 @@ use pg_dedup_record::{BatchBuilder, pgcopy};
 use pgrx::prelude::*;
 
 use super::Chunk;
-use crate::chunk::required;
 use crate::error::{Error, Result};
 use crate::ledger;
+use crate::sql::required;
 
 /// What a chunk dropped as duplicates, by digest and key. Most of what it is asked for is not in it: the leading bits of a digest lead to the
 /// few lines it may be among.

@@ -25,13 +25,14 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use pgrx::{JsonB, Uuid, pg_sys};
 
-use crate::chunk::{KeyRange, required, stored_checksum};
 use crate::error::{Error, Result};
 use crate::hash::layout::stored_layout;
 use crate::hash::rows::View;
 use crate::indexing::refuse_row_security;
+use crate::keyset::KeyRange;
 use crate::keyset::KeyTypes;
 use crate::local;
+use crate::sql::{required, stored_checksum};
 
 /// One chunk of a pass.
 struct Chunk {

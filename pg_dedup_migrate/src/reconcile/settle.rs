@@ -15,7 +15,6 @@ use super::compare::subject;
 use super::report::{Findings, Kind};
 use super::{Owner, Owners, guard, unpack_hashes};
 use crate::by_key::{Reading, rows_under};
-use crate::chunk::required;
 use crate::error::{Error, Result};
 use crate::hash::rows::{self, View};
 use crate::index::Target;
@@ -27,6 +26,7 @@ use crate::passes::{Pass, Passes};
 use crate::relation::{Access, Snapshot, Table};
 use crate::repair::is_indexed;
 use crate::segment;
+use crate::sql::required;
 
 /// Compares the index of every target of a run with its rows.
 ///

@@ -4,7 +4,6 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
 use super::stale::bury;
-use crate::chunk::required;
 use crate::error::{Error, Result};
 use crate::hash::rows;
 use crate::index::Target;
@@ -15,6 +14,7 @@ use crate::merge::Merge;
 use crate::passes::Passes;
 use crate::relation::{Access, Snapshot, Table};
 use crate::segment;
+use crate::sql::required;
 
 /// `dedup.retract_stale`: takes every entry that no row bears out out of the index of a run's targets; returns how many.
 ///

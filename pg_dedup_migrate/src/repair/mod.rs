@@ -22,10 +22,11 @@ use pgrx::prelude::*;
 pub use stale::{retract, still_stale};
 pub use surplus::{remove_extra, twins};
 
-use crate::chunk::{OpenChunk, required};
+use crate::chunk::OpenChunk;
 use crate::error::{Error, Result};
 use crate::lookup::{self, Digests, Subject};
 use crate::relation::Snapshot;
+use crate::sql::required;
 
 /// How a chunk is repaired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

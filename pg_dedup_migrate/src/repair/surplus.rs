@@ -7,12 +7,13 @@ use pgrx::prelude::*;
 use super::{Repair, entries, is_indexed, listed, sorted};
 use crate::by_key::{Reading, rows_under};
 use crate::by_place;
-use crate::chunk::{OpenChunk, required};
+use crate::chunk::OpenChunk;
 use crate::error::{Error, Result};
 use crate::lookup::{self, Subject};
 use crate::matching::{Match, rested_on};
 use crate::references;
 use crate::relation::Snapshot;
+use crate::sql::required;
 use crate::upsert;
 
 /// Rows that are equal to their records and are to be claimed all the same: those whose content an older row holds, too, and, where all that stood in

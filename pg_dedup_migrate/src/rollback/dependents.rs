@@ -10,7 +10,6 @@ use pgrx::prelude::*;
 
 use super::{Part, Rollback};
 use crate::by_key::{Reading, rows_under};
-use crate::chunk::required;
 use crate::error::{Error, Result};
 use crate::index::Target;
 use crate::ledger;
@@ -20,6 +19,7 @@ use crate::merge::Merge;
 use crate::passes::{Pass, Passes};
 use crate::relation::{Access, Snapshot, Table};
 use crate::segment;
+use crate::sql::required;
 
 /// Ordinals that are none of the rollback's, of runs that stand; parameters: target, run, chunk or null.
 const OTHERS: &str = "dedup.ordinals AS o JOIN dedup.runs AS r ON r.run_id = o.run_id \

@@ -7,12 +7,12 @@ use pgrx::prelude::*;
 
 use super::dependents::{Fate, scale, walk};
 use super::{Part, Rollback};
-use crate::chunk::required;
 use crate::error::{Error, Result};
 use crate::keyset::hash_of;
 use crate::lookup::Place;
 use crate::relation::{Access, Table};
 use crate::segment::{self, SegmentWriter, next_number};
+use crate::sql::required;
 
 /// Rows that were kept for others.
 #[derive(Default)]

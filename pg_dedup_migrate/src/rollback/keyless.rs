@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use pg_dedup_record::digest::Digest;
 
 use super::look::{Alone, Reason};
-use super::undo::{Step, forget_lists, report};
+use super::step::Step;
+use super::undo::{forget_lists, report};
 use super::{Undone, ordinals_left};
 use crate::by_place;
 use crate::error::Result;

@@ -7,13 +7,13 @@ use pg_dedup_record::record::RecordDigests;
 use pgrx::prelude::*;
 
 use super::dependents::{others, owners};
-use super::undo::{Done, Image, Plan, Step, Written, content_hash, pending};
+use super::step::{Done, Image, Plan, Step, Written, content_hash, pending};
 use crate::by_key::{Reading, rows_under};
-use crate::chunk::required;
 use crate::error::Result;
 use crate::index::Target;
 use crate::lookup;
 use crate::relation::Snapshot;
+use crate::sql::required;
 
 /// Why a row is left alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

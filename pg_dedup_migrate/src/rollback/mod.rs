@@ -20,6 +20,7 @@ mod layout;
 mod look;
 mod referenced;
 mod restore;
+mod step;
 mod undo;
 
 use std::collections::BTreeSet;
@@ -28,13 +29,13 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use pgrx::{Uuid, pg_sys};
 
-use crate::chunk::required;
 use crate::error::{Error, Result};
 use crate::index::Target;
 use crate::indexing::{lock_exclusively, refuse_row_security};
 use crate::keyset::qualified_name;
 use crate::relation::Snapshot;
 use crate::segment::{self, Segment};
+use crate::sql::required;
 use heirs::HandedOver;
 
 /// A row of `dedup.rollbacks`.
@@ -198,7 +199,7 @@ fn refuse_unknown(rollback: &Rollback, part: &Part) -> Result<()> {
 }
 
 /// The finishes that a step without keys takes back.
-fn ordinals_left(step: &undo::Step) -> Result<BTreeSet<u64>> {
+fn ordinals_left(step: &step::Step) -> Result<BTreeSet<u64>> {
     ordinals(step.run, step.only_chunk.as_deref(), step.target.id)
 }
 
@@ -289,7 +290,7 @@ pub fn undo_ordinal(
 > {
     refuse_strict_isolation()?;
     let rollback = Rollback::load(rollback_id)?;
-    let step = undo::Step::load(&rollback, ordinal)?;
+    let step = step::Step::load(&rollback, ordinal)?;
     let undone = if step.target.layout.key.is_empty() {
         Some(keyless::undo(&step)?)
     } else {

@@ -8,7 +8,6 @@ use super::dependents::owners;
 use super::heirs::{HandedOver, keys_with_images, subject};
 use super::layout::is_handed_over;
 use super::{Part, Rollback};
-use crate::chunk::required;
 use crate::error::{Error, Result};
 use crate::hash::layout::stored_layout;
 use crate::hash::rows;
@@ -21,6 +20,7 @@ use crate::planning::ByIndex;
 use crate::references::{self, Reference, Which};
 use crate::relation::{Access, Snapshot, Table};
 use crate::segment;
+use crate::sql::required;
 
 /// Keys looked at together.
 const BATCH: usize = 20_000;

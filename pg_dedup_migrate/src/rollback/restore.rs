@@ -3,16 +3,17 @@ use pg_dedup_record::{BatchBuilder, pgcopy};
 use pgrx::JsonB;
 use pgrx::prelude::*;
 
-use super::undo::{Plan, Step};
+use super::step::{Plan, Step};
 use crate::by_key::{Reading, rows_under};
-use crate::chunk::required;
 use crate::copy::copy_in;
 use crate::error::{Error, Result};
 use crate::hash::layout::stored_layout;
 use crate::index::Target;
 use crate::keyset::{KeyTypes, column_list, qualified_name, quote_ident};
 use crate::planning::{ByIndex, ExactTexts};
-use crate::upsert::{self, execute};
+use crate::sql::execute;
+use crate::sql::required;
+use crate::upsert;
 
 /// Images that are restored together have about this many bytes.
 const BATCH_BYTES: usize = 8 << 20;

@@ -1,0 +1,33 @@
+//! What statements of this extension's own need: values that must be there, and the number of rows that a statement touched.
+use pg_dedup_record::checksum::Checksum;
+use pgrx::datum::DatumWithOid;
+use pgrx::prelude::*;
+
+use crate::error::{Error, Result};
+
+/// Runs a statement with typed arguments; returns the rows it touched.
+///
+/// # Errors
+/// SPI's own; an ERROR of the statement passes through.
+pub fn execute(query: &str, arguments: &[DatumWithOid<'_>]) -> Result<i64> {
+    Spi::connect_mut(|client| Ok(client.update(query, None, arguments)?.len() as i64))
+}
+
+/// A checksum as checkpoints keep it.
+///
+/// # Errors
+/// XX001 when it is null or not 32 bytes.
+pub fn stored_checksum(bytes: Option<Vec<u8>>) -> Result<Checksum> {
+    let bytes: [u8; 32] = required(bytes)?
+        .try_into()
+        .map_err(|_| Error::corrupted("a checkpoint's checksum is not 32 bytes"))?;
+    Ok(Checksum::from_bytes(&bytes))
+}
+
+/// A value that a NOT NULL column or an aggregate cannot leave out.
+///
+/// # Errors
+/// XX001 when it is null all the same.
+pub fn required<T>(value: Option<T>) -> Result<T> {
+    value.ok_or_else(|| Error::corrupted("a value of a dedup table is null"))
+}
