@@ -47,11 +47,10 @@ install: setup ## install the extension into a server: make install PG_CONFIG=/p
 test: setup ## set up, then run every test
 	cargo test --package pg_dedup_record --package pg_dedup_shared --package pg-dedup-migrate-sidecar
 	scripts/extension_tests.sh
-	$(MAKE) --no-print-directory install build
-	$(MAKE) --no-print-directory test-integration
+	$(MAKE) --no-print-directory install test-integration
 
 .PHONY: test-integration
-test-integration: # the tests against private clusters alone; TEST=name to choose
+test-integration: build # the tests against private clusters alone, with the extension that is installed; TEST=name to choose
 	cargo build --package pg-dedup-migrate-sidecar --features failpoints
 	PG_CONFIG="$$(scripts/setup.sh --pg-config)" PG_DEDUP_MIGRATE="$(abspath $(SIDECAR))" \
 	    PG_DEDUP_MIGRATE_FAILPOINTS="$(abspath $(TARGET_DIR)/debug/pg-dedup-migrate)" \

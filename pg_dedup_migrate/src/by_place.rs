@@ -7,8 +7,7 @@ use crate::error::{Error, Result};
 use crate::hash::rows::{self, RowView};
 use crate::keyset::{column_list, qualified_name};
 use crate::references::{self, Which};
-use crate::sql::execute;
-use crate::sql::required;
+use crate::sql::{execute, required};
 
 /// Rows deleted by one statement.
 const BATCH: usize = 50_000;

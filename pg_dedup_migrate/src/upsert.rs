@@ -20,8 +20,7 @@ use crate::keyset::{KeyTypes, column_list, qualified_name, quote_ident, quote_li
 use crate::matching::unpack_keys;
 use crate::planning::{ByIndex, ExactTexts};
 use crate::references;
-use crate::sql::execute;
-use crate::sql::required;
+use crate::sql::{execute, required};
 
 /// Name of the staging table: whoever puts the same columns into the same target within one transaction shares it.
 fn staging_name(target: pg_sys::Oid, layout: &Layout) -> String {

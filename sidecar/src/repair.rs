@@ -26,7 +26,7 @@ pub async fn repair(job: &Job, wanted: &str, delete_extra: bool, stop: Stop) -> 
         let mut ends = Ends::connect(job).await?;
         let run = runs::find(&ends.admin, wanted).await?;
         runs::check_source(&ends.source.connect(crate::conn::Role::Admin).await?, &run).await?;
-        call(&ends.admin, "hold_run", "SELECT dedup.hold_run($1::uuid)::text", &run).await?;
+        hold(&ends.admin, &run).await?;
         let Some(strict) = begin(&ends.admin, &run, delete_extra).await? else {
             tracing::info!("run {} ({}) is {}: there is nothing to repair", run.run_id, run.name, run.status);
             if !job.json {
@@ -55,6 +55,11 @@ pub async fn repair(job: &Job, wanted: &str, delete_extra: bool, stop: Stop) -> 
     }
 }
 
+/// Keeps other passes and rollbacks off the run until the session ends.
+async fn hold(admin: &Session, run: &Run) -> Result<()> {
+    call(admin, "hold_run", "SELECT dedup.hold_run($1::uuid)::text", run).await.map(drop)
+}
+
 /// Sets chunks back; none: the run is not halted. Answers whether it was halted by a strict pass.
 async fn begin(admin: &Session, run: &Run, delete_extra: bool) -> Result<Option<bool>> {
     let chunks: i32 = admin
@@ -81,19 +86,29 @@ async fn rewrite(job: &Job, ends: &mut Ends, run: &Run, stop: &Stop) -> Result<(
     const ROUNDS: usize = 10;
     let mut refused = None;
     for _ in 0..ROUNDS {
+        let mut stuck = usize::MAX;
         loop {
             let _keeper = resume::renew_snapshot(run, &ends.source, &ends.admin).await?;
-            repair_local_chunks(&ends.admin, run).await?;
+            let mut failed = repair_local_chunks(&ends.admin, run).await?;
             let tables = tables::load(&ends.admin, run.run_id).await?;
             if !tables.is_empty() {
                 run::work_chunks(job, ends, run, tables, stop, true).await?;
             }
-            ends.revive().await?;
+            if ends.revive().await? {
+                hold(&ends.admin, run).await?;
+            }
             if stop.finishing() {
                 return Ok(());
             }
+            // As long as that makes it fewer.
+            if failed.len() >= stuck
+                && let Some(error) = failed.pop()
+            {
+                return Err(error);
+            }
+            stuck = if failed.is_empty() { usize::MAX } else { failed.len() };
             refused = finish::retry_foreign_keys(&ends.admin, run.run_id, refused).await?;
-            if protocol::run_state(&ends.admin, run.run_id).await? != "open" {
+            if failed.is_empty() && protocol::run_state(&ends.admin, run.run_id).await? != "open" {
                 break;
             }
         }
@@ -107,8 +122,8 @@ async fn rewrite(job: &Job, ends: &mut Ends, run: &Run, stop: &Stop) -> Result<(
         .hint("look for a trigger, rule or application that changes or drops rows of the target"))
 }
 
-/// Chunks of sources that the target database sees are its own to do.
-async fn repair_local_chunks(admin: &Session, run: &Run) -> Result<()> {
+/// Chunks of sources that the target database sees are its own to do. Answers why some have to be tried again after others.
+async fn repair_local_chunks(admin: &Session, run: &Run) -> Result<Vec<Error>> {
     let chunks = admin
         .client
         .query(
@@ -118,15 +133,23 @@ async fn repair_local_chunks(admin: &Session, run: &Run) -> Result<()> {
         )
         .await
         .at(Side::Target, "listing the chunks to repair")?;
+    let mut failed = Vec::new();
     for chunk in chunks {
         let chunk: String = chunk.try_get(0).at(Side::Target, "listing the chunks to repair")?;
-        admin
+        let done = admin
             .client
             .execute("SELECT dedup.run_chunk($1::uuid, $2::text)", &[&run.run_id, &chunk])
             .await
-            .at(Side::Target, "run_chunk")?;
+            .with_records(Side::Target, "run_chunk");
+        match done {
+            // It may want what another chunk does: a lock, a row to point at, that nobody points at a row any more.
+            Err(error) if matches!(error.sqlstate.as_deref(), Some("55P03" | "23503" | "55000")) => {
+                failed.push(error.detail(format!("chunk {chunk}")));
+            }
+            done => done.map(drop)?,
+        }
     }
-    Ok(())
+    Ok(failed)
 }
 
 async fn call(admin: &Session, doing: &'static str, sql: &str, run: &Run) -> Result<String> {

@@ -40,12 +40,13 @@ impl Ends {
         Ok(Ends { source, target, admin })
     }
 
-    /// Connects anew if the target was restarted meanwhile.
-    pub async fn revive(&mut self) -> Result<()> {
-        if self.admin.is_closed() {
+    /// Connects anew if the session was lost meanwhile, and says whether it did: what the old session held is gone.
+    pub async fn revive(&mut self) -> Result<bool> {
+        let lost = self.admin.is_closed();
+        if lost {
             self.admin = self.target.connect_patiently(Role::Admin).await?;
         }
-        Ok(())
+        Ok(lost)
     }
 }
 

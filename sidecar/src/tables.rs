@@ -50,7 +50,7 @@ pub async fn load(session: &Session, run: Uuid) -> Result<HashMap<i32, TableWork
             "SELECT t.table_id, t.source, n.nspname::text, c.relname::text, t.source_spec::text, t.layout::text, t.keyless \
              FROM dedup.run_tables AS t JOIN dedup.targets AS g USING (target_id) \
              JOIN pg_catalog.pg_class AS c ON c.oid = g.target JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace \
-             WHERE t.run_id = $1 AND t.source_spec IS NOT NULL ORDER BY t.table_id",
+             WHERE t.run_id = $1 AND NOT t.source_spec ? 'local' ORDER BY t.table_id",
             &[&run],
         )
         .await

@@ -431,6 +431,10 @@ impl Worker {
                 }
             }
         }
+        // A run that is repaired is halted, and can't be paused too.
+        if policy == Policy::PauseRun && self.crew.repairs {
+            return Err(error.hint("make room, then repair the run again"));
+        }
         if policy == Policy::Retry && error.kind != Kind::Interrupted {
             let attempt = usize::try_from(lease.attempt.max(1) - 1).unwrap_or(0);
             let pause = pauses().nth(attempt).unwrap_or(LONGEST_PAUSE);
@@ -472,7 +476,7 @@ impl Worker {
         let Some(target) = &self.target else {
             return Err(Error::here(Kind::Connection, "a connection is gone"));
         };
-        if policy == Policy::PauseRun {
+        if policy == Policy::PauseRun && !self.crew.repairs {
             // Somebody else may have paused it already, or ended it.
             match protocol::pause_run(target, self.crew.run).await {
                 Ok(_) => tracing::error!("the run is paused: {error}"),

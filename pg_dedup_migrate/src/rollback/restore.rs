@@ -11,8 +11,7 @@ use crate::hash::layout::stored_layout;
 use crate::index::Target;
 use crate::keyset::{KeyTypes, column_list, qualified_name, quote_ident};
 use crate::planning::{ByIndex, ExactTexts};
-use crate::sql::execute;
-use crate::sql::required;
+use crate::sql::{execute, required};
 use crate::upsert;
 
 /// Images that are restored together have about this many bytes.

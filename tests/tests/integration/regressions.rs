@@ -499,3 +499,25 @@ async fn the_documented_grants_are_enough() {
     rollback("at once").exits(exit::LEFT_ASIDE).await;
     assert_eq!(pair.target.one::<i64>("SELECT count(*) FROM x.orders").await, 0);
 }
+
+/// What the target database reads itself is not a worker's to read: on the source the name is another table, or none.
+#[tokio::test(flavor = "multi_thread")]
+async fn workers_leave_local_sources_alone() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    pair.both("CREATE TABLE public.old (id int PRIMARY KEY, body text); INSERT INTO public.old SELECT n, 'b' || n FROM generate_series(1, 20) AS n").await;
+    pair.source.exec("UPDATE public.old SET body = 'another table'").await;
+    db.exec("CREATE TABLE public.items (LIKE public.old INCLUDING ALL)").await;
+    let run: String = db.one("SELECT dedup.create_run('local')::text").await;
+    db.exec(&format!(
+        "SELECT dedup.add_table('{run}', 'public.old', 'public.items'); SELECT dedup.plan_chunks('{run}')"
+    ))
+    .await;
+    pair.sidecar("work").arg("last").exits(exit::ERROR).await.says("migrate_run");
+    let leased = format!("SELECT count(*) FROM dedup.lease_chunk('{run}', gen_random_uuid())");
+    assert_eq!(db.one::<i64>(&leased).await, 0);
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM public.items").await, 0);
+    db.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+    let differ = "SELECT count(*) FROM public.items FULL JOIN public.old USING (id, body) WHERE items IS NULL OR old IS NULL";
+    assert_eq!(db.one::<i64>(differ).await, 0);
+}

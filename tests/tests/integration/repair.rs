@@ -520,6 +520,84 @@ async fn extra_parents_and_children() {
     );
 }
 
+/// The same where the target database reads the sources itself: a parent waits for its child's chunk there, too.
+#[tokio::test(flavor = "multi_thread")]
+async fn extra_parents_and_children_of_local_tables() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec(
+        "CREATE TABLE public.src_p (id int PRIMARY KEY, body text); CREATE TABLE public.parents (LIKE public.src_p INCLUDING ALL); \
+         CREATE TABLE public.src_c (id int PRIMARY KEY, parent int); CREATE TABLE public.children (id int PRIMARY KEY, parent int REFERENCES public.parents); \
+         INSERT INTO public.src_p SELECT n, 'p' || n FROM generate_series(1, 20) AS n; INSERT INTO public.src_c SELECT n, n FROM generate_series(1, 20) AS n",
+    )
+    .await;
+    // What is gone from the source is extra for a run that never saw it.
+    let mut run = String::new();
+    for gone in [0, 4] {
+        db.exec(&format!(
+            "DELETE FROM public.src_c WHERE id = {gone}; DELETE FROM public.src_p WHERE id = {gone}"
+        ))
+        .await;
+        run = db.one("SELECT dedup.create_run('local')::text").await;
+        db.exec(&format!(
+            "SELECT dedup.add_table('{run}', 'public.src_p', 'public.parents'); SELECT dedup.add_table('{run}', 'public.src_c', 'public.children'); SELECT dedup.plan_chunks('{run}')"
+        ))
+        .await;
+        db.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+    }
+    db.exec(&format!("SELECT FROM dedup.reconcile('{run}')")).await;
+    pair.repair().arg("--delete-extra").exits(exit::DONE).await;
+    assert_eq!(
+        db.texts("SELECT (SELECT count(*) FROM public.parents), (SELECT count(*) FROM public.children)")
+            .await,
+        [line(&["19", "19"])]
+    );
+}
+
+/// A repair whose session on the target is lost goes on only if nobody else took the run meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_that_is_lost() {
+    let pair = items(&BY_NUMBER).await;
+    let db = &pair.target;
+    db.exec(TAMPERING).await;
+    pair.reconcile().exits(exit::HALTED).await;
+    let blocker = pair.target_again().await;
+    blocker.exec("BEGIN; LOCK TABLE public.items IN EXCLUSIVE MODE").await;
+    let repair = pair.repair().spawn();
+    db.wait_until("EXISTS (SELECT FROM pg_locks WHERE relation = 'public.items'::regclass AND NOT granted)")
+        .await;
+    db.exec("SELECT pg_terminate_backend(pid, 5000) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND granted").await;
+    db.exec("SELECT dedup.hold_run(run_id) FROM dedup.runs").await;
+    blocker.exec("COMMIT").await;
+    let output = repair.finish().await;
+    assert_eq!(output.code, Some(exit::ERROR), "{}", output.describe());
+    output.says("another session");
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM dedup.events WHERE kind = 'repaired'").await, 0);
+    db.exec("SELECT dedup.let_go_of_run(run_id) FROM dedup.runs").await;
+    pair.repair().exits(exit::DONE).await;
+    assert_right(&pair).await;
+}
+
+/// A full disk ends the repair at once, and it is taken up when there is room.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk() {
+    let pair = items(&BY_NUMBER).await;
+    let db = &pair.target;
+    db.exec(TAMPERING).await;
+    pair.reconcile().exits(exit::HALTED).await;
+    db.exec(
+        "CREATE FUNCTION public.no_room() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no space left' USING ERRCODE = '53100'; END $$; \
+         CREATE TRIGGER no_room BEFORE INSERT OR UPDATE ON public.items FOR EACH ROW EXECUTE FUNCTION public.no_room()",
+    )
+    .await;
+    let output = pair.repair().workers(1).exits(exit::ERROR).await;
+    output.says("no space left").says("make room");
+    assert_eq!(db.one::<String>("SELECT status FROM dedup.runs").await, "halted");
+    db.exec("DROP TRIGGER no_room ON public.items").await;
+    pair.repair().exits(exit::DONE).await;
+    assert_right(&pair).await;
+}
+
 /// A key that is spelled otherwise now: the row is the record's, and is not deleted for it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_spelled_otherwise() {
