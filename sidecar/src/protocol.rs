@@ -104,9 +104,9 @@ pub async fn fail_chunk(session: &Session, run: Uuid, lease: &Lease, error: &Err
     .await
 }
 
-/// `open` while a chunk is left for workers to do, else `finished`.
+/// `open` while a chunk is left to do, else `finished`.
 pub async fn run_state(session: &Session, run: Uuid) -> Result<String> {
-    call(session, "run_state", "SELECT dedup.run_state($1::uuid, true)", &[&run]).await
+    call(session, "run_state", "SELECT dedup.run_state($1::uuid)", &[&run]).await
 }
 
 /// Merges a full level of the table's hash index, if there is one: look-ups of later chunks then touch fewer segments.

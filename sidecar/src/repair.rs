@@ -100,15 +100,25 @@ async fn rewrite(job: &Job, ends: &mut Ends, run: &Run, stop: &Stop) -> Result<(
             if stop.finishing() {
                 return Ok(());
             }
-            // As long as that makes it fewer.
+            // While the session was lost, somebody may have taken the run.
+            let status = runs::find(&ends.admin, &run.run_id.to_string()).await?.status;
+            if status != "halted" {
+                return Err(Error::refused(format!("run {} is {status} now", run.run_id))
+                    .hint("somebody else took it while it was being repaired"));
+            }
+            // Chunks that wait for others are tried again as long as that makes them fewer.
             if failed.len() >= stuck
                 && let Some(error) = failed.pop()
             {
                 return Err(error);
             }
-            stuck = if failed.is_empty() { usize::MAX } else { failed.len() };
+            if !failed.is_empty() {
+                stuck = failed.len();
+                continue;
+            }
+            stuck = usize::MAX;
             refused = finish::retry_foreign_keys(&ends.admin, run.run_id, refused).await?;
-            if failed.is_empty() && protocol::run_state(&ends.admin, run.run_id).await? != "open" {
+            if protocol::run_state(&ends.admin, run.run_id).await? != "open" {
                 break;
             }
         }
@@ -140,16 +150,29 @@ async fn repair_local_chunks(admin: &Session, run: &Run) -> Result<Vec<Error>> {
             .client
             .execute("SELECT dedup.run_chunk($1::uuid, $2::text)", &[&run.run_id, &chunk])
             .await
-            .with_records(Side::Target, "run_chunk");
+            .map_err(|error| of_local_chunk(&chunk, error));
         match done {
             // It may want what another chunk does: a lock, a row to point at, that nobody points at a row any more.
             Err(error) if matches!(error.sqlstate.as_deref(), Some("55P03" | "23503" | "55000")) => {
-                failed.push(error.detail(format!("chunk {chunk}")));
+                tracing::warn!("chunk {chunk}: {error}");
+                failed.push(error);
             }
             done => done.map(drop)?,
         }
     }
     Ok(failed)
+}
+
+/// The extension's own reasons are told whole; others may quote a record.
+fn of_local_chunk(chunk: &str, error: tokio_postgres::Error) -> Error {
+    let own = matches!(error.code().map(|code| code.code()), Some("55000" | "55P03"));
+    let told = if own { Error::driver } else { Error::record_driver };
+    let error = told(Side::Target, "run_chunk", error);
+    let detail = match &error.detail {
+        Some(detail) => format!("chunk {chunk}: {detail}"),
+        None => format!("chunk {chunk}"),
+    };
+    error.detail(detail)
 }
 
 async fn call(admin: &Session, doing: &'static str, sql: &str, run: &Run) -> Result<String> {

@@ -217,6 +217,7 @@ pub async fn work_chunks(
         deferred: Mutex::default(),
         news: Notify::new(),
         vacuumed: AtomicBool::new(false),
+        no_room: AtomicBool::new(false),
         told_waiting: Mutex::default(),
         repairs,
     };

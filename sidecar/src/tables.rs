@@ -41,7 +41,7 @@ fn copy_into(layout: &Layout, table: &str) -> String {
     format!("COPY {table} ({columns}) FROM STDIN (FORMAT binary)")
 }
 
-/// The tables of a run by number; those that the target database reads itself are left out.
+/// The tables of a run by number; those that the target database reads itself are left out: on the source their names are other tables, or none.
 pub async fn load(session: &Session, run: Uuid) -> Result<HashMap<i32, TableWork>> {
     let doing = "reading the run's tables";
     let rows = session

@@ -47,6 +47,8 @@ pub struct Crew {
     pub news: Notify,
     /// Somebody made a beginning of the VACUUM at the end.
     pub vacuumed: AtomicBool,
+    /// Whether a repair met a full disk: no further chunk is begun.
+    pub no_room: AtomicBool,
     /// When it was last said that chunks wait for the leases of silent workers.
     pub told_waiting: Mutex<Option<Instant>>,
     /// The run is halted, and its chunks are repaired.
@@ -199,7 +201,7 @@ impl Worker {
         (self.source, self.target) = (source.ok(), target.ok());
         let mut idle = pauses();
         let mut paused_told = false;
-        while !self.crew.stop.finishing() {
+        while !self.crew.stop.finishing() && !self.crew.no_room.load(Ordering::Relaxed) {
             let status = self.status.borrow().clone();
             match status.as_str() {
                 "created" | "running" => paused_told = false,
@@ -433,6 +435,8 @@ impl Worker {
         }
         // A run that is repaired is halted, and can't be paused too.
         if policy == Policy::PauseRun && self.crew.repairs {
+            self.crew.no_room.store(true, Ordering::Relaxed);
+            self.crew.news.notify_waiters();
             return Err(error.hint("make room, then repair the run again"));
         }
         if policy == Policy::Retry && error.kind != Kind::Interrupted {

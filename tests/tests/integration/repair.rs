@@ -356,6 +356,7 @@ async fn refused_records_fail_the_repair() {
     .await;
     let (state, message) = db.fails(&format!("SELECT dedup.repair('{run}')")).await;
     assert!(state == "55000" && message.contains("check_violation"), "{message}");
+    pair.repair().exits(exit::ERROR).await.says("check_violation").says("chunk 1:");
     assert_eq!(run_status(db, &run).await, "halted");
     assert_eq!(db.one::<i64>("SELECT count(*) FROM dedup.quarantine").await, 0);
     db.exec(&format!(
@@ -554,28 +555,39 @@ async fn extra_parents_and_children_of_local_tables() {
     );
 }
 
-/// A repair whose session on the target is lost goes on only if nobody else took the run meanwhile.
+/// A repair whose session on the target is lost goes on only if nobody else took the run meanwhile, and be it that they are done with it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_session_that_is_lost() {
-    let pair = items(&BY_NUMBER).await;
-    let db = &pair.target;
-    db.exec(TAMPERING).await;
-    pair.reconcile().exits(exit::HALTED).await;
-    let blocker = pair.target_again().await;
-    blocker.exec("BEGIN; LOCK TABLE public.items IN EXCLUSIVE MODE").await;
-    let repair = pair.repair().spawn();
-    db.wait_until("EXISTS (SELECT FROM pg_locks WHERE relation = 'public.items'::regclass AND NOT granted)")
+    for held in [true, false] {
+        let pair = items(&BY_NUMBER).await;
+        let db = &pair.target;
+        db.exec(TAMPERING).await;
+        pair.reconcile().exits(exit::HALTED).await;
+        let blocker = pair.target_again().await;
+        blocker.exec("BEGIN; LOCK TABLE public.items IN EXCLUSIVE MODE").await;
+        let repair = pair.repair().spawn();
+        db.wait_until(
+            "EXISTS (SELECT FROM pg_locks WHERE relation = 'public.items'::regclass AND NOT granted)",
+        )
         .await;
-    db.exec("SELECT pg_terminate_backend(pid, 5000) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND granted").await;
-    db.exec("SELECT dedup.hold_run(run_id) FROM dedup.runs").await;
-    blocker.exec("COMMIT").await;
-    let output = repair.finish().await;
-    assert_eq!(output.code, Some(exit::ERROR), "{}", output.describe());
-    output.says("another session");
-    assert_eq!(db.one::<i64>("SELECT count(*) FROM dedup.events WHERE kind = 'repaired'").await, 0);
-    db.exec("SELECT dedup.let_go_of_run(run_id) FROM dedup.runs").await;
-    pair.repair().exits(exit::DONE).await;
-    assert_right(&pair).await;
+        db.exec("SELECT pg_terminate_backend(pid, 5000) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND granted").await;
+        db.exec(if held {
+            "SELECT dedup.hold_run(run_id) FROM dedup.runs"
+        } else {
+            "SELECT dedup.set_run_status(run_id, '{halted}', 'rolling_back', 'run_rolling_back') FROM dedup.runs"
+        })
+        .await;
+        blocker.exec("COMMIT").await;
+        let output = repair.finish().await;
+        assert_eq!(output.code, Some(exit::ERROR), "{}", output.describe());
+        output.says(if held { "another session" } else { "is rolling_back now" });
+        assert_eq!(db.one::<i64>("SELECT count(*) FROM dedup.events WHERE kind = 'repaired'").await, 0);
+        if held {
+            db.exec("SELECT dedup.let_go_of_run(run_id) FROM dedup.runs").await;
+            pair.repair().exits(exit::DONE).await;
+            assert_right(&pair).await;
+        }
+    }
 }
 
 /// A full disk ends the repair at once, and it is taken up when there is room.
