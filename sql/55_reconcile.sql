@@ -174,6 +174,17 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
 $$;
 COMMENT ON FUNCTION dedup.open_mismatches(uuid) IS 'mismatches that the last pass over a run found';
 
+-- `remedy`: a hint with %s for the run.
+CREATE FUNCTION dedup.must_see_sources(run uuid, remedy text) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF EXISTS (SELECT FROM dedup.run_tables AS t WHERE t.run_id = run AND NOT coalesce(t.source_spec ? 'local', false)) THEN
+        RAISE EXCEPTION 'run % has sources that this database does not see', run USING ERRCODE = 'feature_not_supported',
+            HINT = format(remedy, run);
+    END IF;
+END $$;
+COMMENT ON FUNCTION dedup.must_see_sources(uuid, text) IS 'refuses a run of which only a worker can read every source';
+
 CREATE FUNCTION dedup.reconcile(run uuid, strict bool DEFAULT false, repaired bool DEFAULT false) RETURNS SETOF dedup.reconciled_chunks
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -181,10 +192,7 @@ DECLARE
 BEGIN
     PERFORM dedup.must_own(run);
     PERFORM dedup.hold_run(run, true);
-    IF EXISTS (SELECT FROM dedup.run_tables AS t WHERE t.run_id = run AND NOT coalesce(t.source_spec ? 'local', false)) THEN
-        RAISE EXCEPTION 'run % has sources that this database does not see', run USING ERRCODE = 'feature_not_supported',
-            HINT = format('pg-dedup-migrate reconcile %s compares them.', run);
-    END IF;
+    PERFORM dedup.must_see_sources(run, 'pg-dedup-migrate reconcile %s compares them.');
     id := dedup.begin_reconcile(run, strict, repaired);
     -- One statement: every chunk is compared under one snapshot.
     PERFORM dedup.recheck_chunks(id);

@@ -92,10 +92,7 @@ DECLARE
 BEGIN
     PERFORM dedup.must_own(run);
     PERFORM dedup.hold_run(run, true);
-    IF EXISTS (SELECT FROM dedup.run_tables AS t WHERE t.run_id = run AND NOT coalesce(t.source_spec ? 'local', false)) THEN
-        RAISE EXCEPTION 'run % has sources that this database does not see', run USING ERRCODE = 'feature_not_supported',
-            HINT = format('pg-dedup-migrate repair %s repairs it.', run);
-    END IF;
+    PERFORM dedup.must_see_sources(run, 'pg-dedup-migrate repair %s repairs it.');
     PERFORM dedup.begin_repair(run, delete_extra);
     IF (dedup.run_row(run)).status <> 'halted' THEN
         RETURN 0;

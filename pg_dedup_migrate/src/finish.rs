@@ -23,7 +23,7 @@ use crate::relation::{Access, Table};
 use crate::repair;
 use crate::segment::{SegmentWriter, next_number};
 use crate::shmem::claims;
-use crate::sql::required;
+use crate::sql::{required, stored_digest};
 
 /// The six counts and the six checksums of a chunk, in the order of the books: source, inserted, updated, unchanged, duplicate, quarantined.
 pub struct Books {
@@ -187,12 +187,7 @@ fn with_images(ordinal: i64) -> Result<Vec<(Digest, Vec<u8>)>> {
             &[ordinal.into()],
         )?;
         rows.into_iter()
-            .map(|row| {
-                let digest: Vec<u8> = required(row["content_hash"].value()?)?;
-                let digest = Digest::from_slice(&digest)
-                    .ok_or_else(|| Error::corrupted("a before image's content hash is not 32 bytes"))?;
-                Ok((digest, required(row["key"].value()?)?))
-            })
+            .map(|row| Ok((stored_digest(row["content_hash"].value()?)?, required(row["key"].value()?)?)))
             .collect()
     })
 }

@@ -18,6 +18,23 @@ use crate::segment::{self, BlockReader};
 use crate::shmem::{self, claims, filter, warmth};
 use crate::sql::required;
 
+/// The targets of a run, by number.
+///
+/// # Errors
+/// 42501 without SELECT on `dedup.run_tables`.
+pub fn targets_of(run: Uuid) -> Result<Vec<i32>> {
+    Spi::connect(|client| {
+        client
+            .select(
+                "SELECT DISTINCT target_id FROM dedup.run_tables WHERE run_id = $1 ORDER BY 1",
+                None,
+                &[run.into()],
+            )?
+            .map(|row| required(row["target_id"].value()?))
+            .collect()
+    })
+}
+
 /// A row of `dedup.targets`.
 pub struct Target {
     /// Its number.

@@ -15,7 +15,7 @@ use crate::keyset::{column_list, qualified_name};
 use crate::lookup::{self, Place};
 use crate::merge::Merge;
 use crate::relation::{Access, Snapshot, Table};
-use crate::segment::{self, BlockReader, Segment, SegmentWriter, next_number};
+use crate::segment::{self, BlockReader, Segment, SegmentWriter};
 use crate::shmem::{self, filter};
 
 /// `dedup.index_existing`: hashes the rows that stand in a target into its index; returns the entries added. Rows that are indexed already
@@ -223,11 +223,7 @@ fn index_rows(target: &Target, before: Before) -> Result<i64> {
     const BATCH: usize = 1_000_000;
     let query =
         format!("SELECT {} FROM {} AS t", column_list(&target.layout, "t"), qualified_name(target.table));
-    let ordinal = next_number("ordinal_seq")?;
-    Spi::run_with_args(
-        "INSERT INTO dedup.ordinals (ordinal, target_id) VALUES ($1, $2)",
-        &[ordinal.into(), target.id.into()],
-    )?;
+    let ordinal = segment::nobodys_ordinal(target.id)?;
     let mut batch: Vec<Indexed> = Vec::new();
     let mut added = 0;
     rows::scan(&query, &[], &target.layout, 0, |row| {

@@ -9,6 +9,7 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
 use crate::error::Result;
+use crate::index::targets_of;
 use crate::ledger;
 use crate::lookup::{self, Leaving};
 use crate::relation::{Access, Snapshot, Table};
@@ -28,14 +29,8 @@ fn orphans(
     TableIterator<'static, (name!(run_id, Uuid), name!(chunk_id, String), name!(records, i64))>,
     ErrorReport,
 > {
-    let targets: Vec<i32> = Spi::connect(|client| -> Result<Vec<i32>> {
-        client
-            .select("SELECT DISTINCT target_id FROM dedup.run_tables WHERE run_id = $1", None, &[run.into()])?
-            .map(|row| required(row["target_id"].value()?))
-            .collect()
-    })?;
     let mut found = Vec::new();
-    for target in targets {
+    for target in targets_of(run)? {
         let gone = vanished(target)?;
         if !gone.is_empty() {
             found.extend(losers(target, &gone)?);

@@ -44,27 +44,34 @@ impl Drop for Settings {
 ///
 /// A target that is being filled has no statistics yet: the planner takes it for small and scans it whole, for every chunk again. Queries that
 /// address a target by its key always have a unique index to go by.
-pub struct ByIndex(#[allow(dead_code)] Settings); // held for its end
+pub struct ByIndex {
+    /// Held for its end.
+    _settings: Settings,
+}
 
 impl ByIndex {
     /// Changes the settings until the value is dropped.
     pub fn new() -> Self {
-        Self(Settings::new(&[(c"enable_seqscan", c"off"), (c"jit", c"off")]))
+        Self { _settings: Settings::new(&[(c"enable_seqscan", c"off"), (c"jit", c"off")]) }
     }
 }
 
 /// While it lives, values are written as texts that mean the same in every session, and lose nothing.
-pub struct ExactTexts(#[allow(dead_code)] Settings); // held for its end
+pub struct ExactTexts {
+    /// Held for its end.
+    _settings: Settings,
+}
 
 impl ExactTexts {
     /// Changes the settings until the value is dropped.
     pub fn new() -> Self {
-        Self(Settings::new(&[
+        let _settings = Settings::new(&[
             (c"DateStyle", c"ISO, YMD"),
             (c"IntervalStyle", c"postgres"),
             (c"TimeZone", c"UTC"),
             (c"extra_float_digits", c"3"),
             (c"bytea_output", c"hex"),
-        ]))
+        ]);
+        Self { _settings }
     }
 }

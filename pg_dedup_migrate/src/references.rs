@@ -81,11 +81,7 @@ pub fn refuse_pointed_at(table: pg_sys::Oid, key_types: &KeyTypes, keys: &[&[u8]
         } else {
             String::new()
         };
-        let query = format!(
-            "SELECT EXISTS (SELECT FROM {unnest} JOIN {name} AS t ON {condition} JOIN {} AS r ON {}{itself})",
-            reference.referencing, reference.matches
-        );
-        if required(Spi::get_one_with_args::<bool>(&query, &arguments)?)? {
+        if reference.points_at(&name, &unnest, &condition, &itself, &arguments)? {
             return Err(reference.violated(&name));
         }
     }
@@ -105,7 +101,8 @@ impl Reference {
         .hint("Delete those rows, or have them point elsewhere, then go on.")
     }
 
-    /// Whether a row points at one of the rows `t` of `target` that `condition` finds for `keys`, whose parameters are `arguments`.
+    /// Whether a row `r` points at one of the rows `t` of `target` that `condition` finds for `keys`, whose parameters are `arguments`. `further`
+    /// is empty, or another condition, with AND before it.
     ///
     /// # Errors
     /// SPI's own.
@@ -114,10 +111,11 @@ impl Reference {
         target: &str,
         keys: &str,
         condition: &str,
+        further: &str,
         arguments: &[DatumWithOid<'_>],
     ) -> Result<bool> {
         let query = format!(
-            "SELECT EXISTS (SELECT FROM {keys} JOIN {target} AS t ON {condition} JOIN {} AS r ON {})",
+            "SELECT EXISTS (SELECT FROM {keys} JOIN {target} AS t ON {condition} JOIN {} AS r ON {}{further})",
             self.referencing, self.matches
         );
         required(Spi::get_one_with_args(&query, arguments)?)

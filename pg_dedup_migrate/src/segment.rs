@@ -219,6 +219,24 @@ pub fn write_tombstones(target: i32, mut tombstones: Vec<(Digest, u64, Vec<u8>)>
     Ok(())
 }
 
+/// Entries that segments hold at most, roughly.
+pub fn most_entries(segments: &[Segment]) -> usize {
+    segments.iter().map(|segment| segment.blocks as usize * ENTRIES_PER_BLOCK).sum()
+}
+
+/// An ordinal that is no run's: what is said under it stays true whichever run is taken back.
+///
+/// # Errors
+/// 42501 without INSERT on `dedup.ordinals`.
+pub fn nobodys_ordinal(target: i32) -> Result<i64> {
+    let ordinal = next_number("ordinal_seq")?;
+    Spi::run_with_args(
+        "INSERT INTO dedup.ordinals (ordinal, target_id) VALUES ($1, $2)",
+        &[ordinal.into(), target.into()],
+    )?;
+    Ok(ordinal)
+}
+
 /// Deletes segments.
 ///
 /// # Errors

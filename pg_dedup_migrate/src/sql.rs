@@ -1,5 +1,6 @@
 //! What statements of this extension's own need: values that must be there, and the number of rows that a statement touched.
 use pg_dedup_record::checksum::Checksum;
+use pg_dedup_record::digest::Digest;
 use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
 
@@ -22,6 +23,15 @@ pub fn stored_checksum(bytes: Option<Vec<u8>>) -> Result<Checksum> {
         .try_into()
         .map_err(|_| Error::corrupted("a checkpoint's checksum is not 32 bytes"))?;
     Ok(Checksum::from_bytes(&bytes))
+}
+
+/// A content hash as dedup's tables keep it.
+///
+/// # Errors
+/// XX001 when it is null or not 32 bytes.
+pub fn stored_digest(bytes: Option<Vec<u8>>) -> Result<Digest> {
+    Digest::from_slice(&required(bytes)?)
+        .ok_or_else(|| Error::corrupted("a stored content hash is not 32 bytes"))
 }
 
 /// A value that a NOT NULL column or an aggregate cannot leave out.

@@ -231,7 +231,7 @@ fn refuse_to_cascade(
     arrays: &[DatumWithOid<'_>],
 ) -> Result<()> {
     for reference in references::of(chunk.target, references::Which::ChangedByDeletion)? {
-        if reference.points_at(&chunk.target_name(), unnest, condition, arrays)? {
+        if reference.points_at(&chunk.target_name(), unnest, condition, "", arrays)? {
             return Err(Error::new(
                 PgSqlErrorCode::ERRCODE_FOREIGN_KEY_VIOLATION,
                 format!(
@@ -244,6 +244,48 @@ fn refuse_to_cascade(
     Ok(())
 }
 
+/// Before images on their way to `dedup.before_images`.
+#[derive(Default)]
+struct Images {
+    keys: Vec<Vec<u8>>,
+    contents: Vec<Vec<u8>>,
+    tuples: Vec<Vec<u8>>,
+    /// Of each the columns that the run does not deliver.
+    others: Vec<Option<JsonB>>,
+    bytes: usize,
+}
+
+impl Images {
+    /// Takes one.
+    fn push(&mut self, key: Vec<u8>, content: &Digest, tuple: Vec<u8>, others: Option<JsonB>) {
+        self.bytes += tuple.len();
+        self.keys.push(key);
+        self.contents.push(content.as_bytes().to_vec());
+        self.tuples.push(tuple);
+        self.others.push(others);
+    }
+
+    /// Stores them; returns how many they were.
+    fn write(self, chunk: &OpenChunk, ordinal: i64, action: &str) -> Result<i64> {
+        execute(
+            "INSERT INTO dedup.before_images (ordinal, target_id, run_id, chunk_id, action, key, content_hash, image, other_columns) \
+             SELECT $1, $2, $3, $4, $5, u.key, u.hash, u.image, u.others \
+             FROM ROWS FROM (pg_catalog.unnest($6), pg_catalog.unnest($7), pg_catalog.unnest($8), pg_catalog.unnest($9)) AS u(key, hash, image, others)",
+            &[
+                ordinal.into(),
+                chunk.target_id.into(),
+                chunk.run.into(),
+                chunk.chunk_id.as_str().into(),
+                action.into(),
+                self.keys.into(),
+                self.contents.into(),
+                self.tuples.into(),
+                self.others.into(),
+            ],
+        )
+    }
+}
+
 /// Stores the rows `t` of `from` as they are now; returns how many.
 fn keep_before_images(
     chunk: &mut OpenChunk,
@@ -254,35 +296,8 @@ fn keep_before_images(
     /// Images are written in batches of about this many bytes.
     const BATCH_BYTES: usize = 8 << 20;
     let ordinal = draw_ordinal(chunk)?;
-    let mut keys: Vec<Vec<u8>> = Vec::new();
-    let mut hashes: Vec<Vec<u8>> = Vec::new();
-    let mut images: Vec<Vec<u8>> = Vec::new();
-    let mut further: Vec<Option<JsonB>> = Vec::new();
-    let mut bytes = 0;
+    let mut images = Images::default();
     let mut kept = 0;
-    let mut flush = |keys: &mut Vec<Vec<u8>>,
-                     hashes: &mut Vec<Vec<u8>>,
-                     images: &mut Vec<Vec<u8>>,
-                     further: &mut Vec<Option<JsonB>>|
-     -> Result<()> {
-        kept += keys.len() as i64;
-        Ok(Spi::run_with_args(
-            "INSERT INTO dedup.before_images (ordinal, target_id, run_id, chunk_id, action, key, content_hash, image, other_columns) \
-             SELECT $1, $2, $3, $4, $5, u.key, u.hash, u.image, u.others \
-             FROM ROWS FROM (pg_catalog.unnest($6), pg_catalog.unnest($7), pg_catalog.unnest($8), pg_catalog.unnest($9)) AS u(key, hash, image, others)",
-            &[
-                ordinal.into(),
-                chunk.target_id.into(),
-                chunk.run.into(),
-                chunk.chunk_id.as_str().into(),
-                action.into(),
-                std::mem::take(keys).into(),
-                std::mem::take(hashes).into(),
-                std::mem::take(images).into(),
-                std::mem::take(further).into(),
-            ],
-        )?)
-    };
     // What is removed takes along the columns that the run does not deliver.
     let others = if action == "delete" { other_columns(chunk)? } else { Vec::new() };
     let others = if others.is_empty() {
@@ -300,48 +315,30 @@ fn keep_before_images(
     let _texts = ExactTexts::new();
     let query = format!("SELECT {}, {others} FROM {from}", column_list(&chunk.layout, "t"));
     rows::scan(&query, arguments, &chunk.layout, 1, |row| {
-        let mut image = Vec::new();
-        row.write_tuple(&mut image)?;
-        bytes += image.len();
-        let mut key = Vec::new();
+        let (mut key, mut tuple) = (Vec::new(), Vec::new());
         row.write_key(&mut key)?;
-        keys.push(key);
-        hashes.push(row.digests()?.content.as_bytes().to_vec());
-        images.push(image);
-        further.push(row.trailing(0)?);
-        if bytes > BATCH_BYTES {
-            bytes = 0;
-            flush(&mut keys, &mut hashes, &mut images, &mut further)?;
+        row.write_tuple(&mut tuple)?;
+        images.push(key, &row.digests()?.content, tuple, row.trailing(0)?);
+        if images.bytes > BATCH_BYTES {
+            kept += std::mem::take(&mut images).write(chunk, ordinal, action)?;
         }
         Ok(())
     })?;
-    flush(&mut keys, &mut hashes, &mut images, &mut further)?;
-    Ok(kept)
+    Ok(kept + images.write(chunk, ordinal, action)?)
 }
 
 /// Stores rows of a table without a key that are about to be removed: they are kept under their content and a number.
 ///
 /// # Errors
 /// SPI's own.
-pub fn keep_keyless_images(chunk: &mut OpenChunk, images: &[(Digest, Vec<u8>)]) -> Result<()> {
+pub fn keep_keyless_images(chunk: &mut OpenChunk, rows: Vec<(Digest, Vec<u8>)>) -> Result<()> {
     let ordinal = draw_ordinal(chunk)?;
-    let numbered = |(n, (content, _)): (usize, &(Digest, Vec<u8>))| {
-        [content.as_bytes().as_slice(), &(n as u64).to_be_bytes()].concat()
-    };
-    Ok(Spi::run_with_args(
-        "INSERT INTO dedup.before_images (ordinal, target_id, run_id, chunk_id, action, key, content_hash, image) \
-         SELECT $1, $2, $3, $4, 'delete', u.key, u.hash, u.image \
-         FROM ROWS FROM (pg_catalog.unnest($5), pg_catalog.unnest($6), pg_catalog.unnest($7)) AS u(key, hash, image)",
-        &[
-            ordinal.into(),
-            chunk.target_id.into(),
-            chunk.run.into(),
-            chunk.chunk_id.as_str().into(),
-            images.iter().enumerate().map(numbered).collect::<Vec<_>>().into(),
-            images.iter().map(|(content, _)| content.0.to_vec()).collect::<Vec<_>>().into(),
-            images.iter().map(|(_, image)| image.clone()).collect::<Vec<_>>().into(),
-        ],
-    )?)
+    let mut images = Images::default();
+    for (n, (content, tuple)) in rows.into_iter().enumerate() {
+        let key = [content.as_bytes().as_slice(), &(n as u64).to_be_bytes()].concat();
+        images.push(key, &content, tuple, None);
+    }
+    images.write(chunk, ordinal, "delete").map(drop)
 }
 
 /// The target's columns that the run does not deliver and that do not follow from others.

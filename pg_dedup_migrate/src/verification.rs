@@ -8,7 +8,6 @@
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
-use pg_dedup_record::block::{Entry, Stamp};
 use pg_dedup_record::checksum::Checksum;
 use pg_dedup_record::digest::Digest;
 use pgrx::Uuid;
@@ -21,7 +20,7 @@ use crate::index::Target;
 use crate::keyset::{column_list, hash_of, qualified_name};
 use crate::passes::Passes;
 use crate::relation::{Access, Snapshot, Table};
-use crate::segment::{self, BlockReader, Segment, SegmentWriter, next_number};
+use crate::segment::{self, BlockReader, Segment, next_number};
 use crate::sql::{required, stored_checksum};
 
 /// What of an entry the scan has found.
@@ -174,7 +173,7 @@ fn compare(run: Uuid, target: &Target, waiting: &mut Waiting) -> Result<()> {
         .into_iter()
         .filter(|s| s.last_ordinal >= oldest)
         .collect();
-    let most: usize = segments.iter().map(|s| s.blocks as usize * segment::ENTRIES_PER_BLOCK).sum();
+    let most = segment::most_entries(&segments);
     let blocks = Table::open("segment_block", Access::Read)?;
     let mut reader = BlockReader::new(&blocks, &snapshot)?;
     for pass in Passes::of(most, size_of::<Expected>()).each() {
@@ -270,16 +269,7 @@ fn retract(
             Ok(())
         })?;
     }
-    tombstones.sort_unstable();
-    let blocks = Table::open("segment_block", Access::Insert)?;
-    let segments = Table::open("segment", Access::Insert)?;
-    let mut writer = SegmentWriter::new(&blocks, target, 0)?;
-    for (digest, ordinal, key) in &tombstones {
-        let stamp = Stamp { ordinal: *ordinal, tombstone: true };
-        writer.push(&Entry { digest: *digest, stamp, row_digest: [0; Digest::SHORT_LEN], key })?;
-    }
-    writer.finish(&segments)?;
-    Ok(())
+    segment::write_tombstones(target, tombstones)
 }
 
 fn retraction_ordinal(run: Uuid, target: i32, chunk: &mut Written) -> Result<i64> {

@@ -55,6 +55,7 @@ mod read;
 mod reconcile;
 mod repair;
 mod resume;
+mod retry;
 mod rollback;
 mod run;
 mod runs;

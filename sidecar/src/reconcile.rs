@@ -11,18 +11,18 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use backon::{BackoffBuilder, ExponentialBuilder};
 use pg_dedup_record::Batch;
 use uuid::Uuid;
 
 use crate::config::Job;
 use crate::conn::{Endpoint, Role, Session, protocol_error};
-use crate::error::{At, Error, Kind, Policy, Result, Side};
+use crate::error::{At, Error, Kind, Result, Side};
 use crate::failpoint::{self, Failpoint};
 use crate::names::quote_literal;
 use crate::progress::{Counters, Plan, Progress, Work};
 use crate::protocol::GENERIC_PLANS;
 use crate::read;
+use crate::retry::patiently;
 use crate::runs::{self, Run};
 use crate::setup;
 use crate::source::{Range, RangeKind};
@@ -30,9 +30,6 @@ use crate::stop::Stop;
 use crate::tables::{self, TableWork};
 use crate::verdict::Verdict;
 use crate::worker;
-
-/// Tries a chunk gets while what fails may pass by itself.
-const TRIES: usize = 5;
 
 /// A chunk to compare.
 struct Chunk {
@@ -248,20 +245,16 @@ async fn compare_patiently(
     sessions: &mut Option<(Session, Session)>,
     spent: &mut Option<Batch>,
 ) -> Result<()> {
-    let mut pauses = ExponentialBuilder::default().with_jitter().with_max_times(TRIES - 1).build();
     let mut lost_track = false;
-    loop {
-        let error = match compare_chunk(pass, chunk, sessions, spent, lost_track).await {
-            Ok(()) => return Ok(()),
-            Err(error) => error,
-        };
-        lost_track = true;
-        *sessions = None;
-        let pause = pauses.next().filter(|_| error.policy() == Policy::Retry && !pass.stop.finishing());
-        let Some(pause) = pause else { return Err(error) };
-        tracing::warn!("chunk {}: {error}; next try in {:.1} s", chunk.chunk_id, pause.as_secs_f64());
-        tokio::time::sleep(pause).await;
-    }
+    patiently(&pass.stop, &format!("chunk {}: ", chunk.chunk_id), async || {
+        let compared = compare_chunk(pass, chunk, sessions, spent, lost_track).await;
+        if compared.is_err() {
+            lost_track = true;
+            *sessions = None;
+        }
+        compared
+    })
+    .await
 }
 
 async fn compare_chunk(

@@ -12,7 +12,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use backon::{BackoffBuilder, ExponentialBuilder};
 use indicatif::HumanBytes;
 use serde::Serialize;
 use uuid::Uuid;
@@ -20,16 +19,15 @@ use uuid::Uuid;
 use crate::cli::RollbackArgs;
 use crate::config::Job;
 use crate::conn::{Endpoint, Role, Session, protocol_error};
-use crate::error::{At, Error, Policy, Result, Side};
+use crate::error::{At, Error, Result, Side};
 use crate::failpoint::{self, Failpoint};
 use crate::progress::{Counters, Plan, Progress, Work, duration};
+use crate::retry::patiently;
 use crate::runs::{self, Run};
 use crate::stop::Stop;
 use crate::summary::print;
 use crate::worker;
 
-/// Tries a step gets while what fails may pass by itself.
-const TRIES: usize = 5;
 /// How long a lane waits for others that are in its way.
 const PAUSE: Duration = Duration::from_millis(100);
 /// Tries beyond the steps that are left before it is said that there is no way on.
@@ -289,18 +287,14 @@ impl Vain {
 /// One step, tried again while the reason it fails for may pass.
 async fn step_patiently(rolling: &Rolling, session: &mut Option<Session>) -> Result<Step> {
     rolling.busy.fetch_add(1, Ordering::SeqCst);
-    let mut pauses = ExponentialBuilder::default().with_jitter().with_max_times(TRIES - 1).build();
-    let tried = loop {
-        let error = match step(rolling, session).await {
-            Ok(step) => break Ok(step),
-            Err(error) => error,
-        };
-        *session = None;
-        let pause = pauses.next().filter(|_| error.policy() == Policy::Retry && !rolling.stop.finishing());
-        let Some(pause) = pause else { break Err(error) };
-        tracing::warn!("{error}; next try in {:.1} s", pause.as_secs_f64());
-        tokio::time::sleep(pause).await;
-    };
+    let tried = patiently(&rolling.stop, "", async || {
+        let done = step(rolling, session).await;
+        if done.is_err() {
+            *session = None;
+        }
+        done
+    })
+    .await;
     rolling.busy.fetch_sub(1, Ordering::SeqCst);
     tried
 }

@@ -29,8 +29,7 @@ use crate::error::{Error, Result};
 use crate::hash::layout::stored_layout;
 use crate::hash::rows::View;
 use crate::indexing::refuse_row_security;
-use crate::keyset::KeyRange;
-use crate::keyset::KeyTypes;
+use crate::keyset::{KeyRange, KeyTypes};
 use crate::local;
 use crate::sql::{required, stored_checksum};
 

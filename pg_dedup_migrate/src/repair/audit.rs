@@ -6,7 +6,7 @@ use pgrx::prelude::*;
 use super::stale::bury;
 use crate::error::{Error, Result};
 use crate::hash::rows;
-use crate::index::Target;
+use crate::index::{Target, targets_of};
 use crate::indexing::lock_exclusively;
 use crate::keyset::{column_list, hash_of, qualified_name};
 use crate::lookup::{Place, Subject};
@@ -14,7 +14,6 @@ use crate::merge::Merge;
 use crate::passes::Passes;
 use crate::relation::{Access, Snapshot, Table};
 use crate::segment;
-use crate::sql::required;
 
 /// `dedup.retract_stale`: takes every entry that no row bears out out of the index of a run's targets; returns how many.
 ///
@@ -22,18 +21,8 @@ use crate::sql::required;
 /// XX001 for a damaged block, 55000 where a target's files were replaced.
 #[pg_extern(volatile, parallel_unsafe, strict)]
 pub fn retract_stale(run: pgrx::Uuid) -> Result<i64, ErrorReport> {
-    let targets: Vec<i32> = Spi::connect(|client| -> Result<_> {
-        client
-            .select(
-                "SELECT DISTINCT target_id FROM dedup.run_tables WHERE run_id = $1 ORDER BY 1",
-                None,
-                &[run.into()],
-            )?
-            .map(|row| required(row["target_id"].value()?))
-            .collect()
-    })?;
     let mut retracted = 0;
-    for target in targets {
+    for target in targets_of(run)? {
         // Exclusively: nobody may be told that a content is there while its entry is about to be retracted.
         lock_exclusively(target)?;
         Spi::run_with_args("SELECT dedup.refuse_replaced($1)", &[target.into()]).map_err(Error::from)?;
@@ -47,7 +36,7 @@ fn without_row(target: &Target) -> Result<i64> {
     let snapshot = Snapshot::latest();
     let blocks = Table::open("segment_block", Access::Read)?;
     let segments = segment::segments_of(target.id, &snapshot)?;
-    let most: usize = segments.iter().map(|s| s.blocks as usize * segment::ENTRIES_PER_BLOCK).sum();
+    let most = segment::most_entries(&segments);
     let query =
         format!("SELECT {} FROM {} AS t", column_list(&target.layout, "t"), qualified_name(target.table));
     let mut retracted = 0;

@@ -26,7 +26,7 @@ use crate::chunk::OpenChunk;
 use crate::error::{Error, Result};
 use crate::lookup::{self, Digests, Subject};
 use crate::relation::Snapshot;
-use crate::sql::required;
+use crate::sql::{required, stored_digest};
 
 /// How a chunk is repaired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,12 +95,7 @@ fn listed(chunk: &OpenChunk, kind: &str, in_chunk: bool) -> Result<Vec<(Digest, 
                     in_chunk.then(|| chunk.chunk_id.clone()).into(),
                 ],
             )?
-            .map(|row| {
-                let content: Vec<u8> = required(row["content_hash"].value()?)?;
-                let content = Digest::from_slice(&content)
-                    .ok_or_else(|| Error::corrupted("a divergence's content hash is not 32 bytes"))?;
-                Ok((content, row["packed_key"].value()?))
-            })
+            .map(|row| Ok((stored_digest(row["content_hash"].value()?)?, row["packed_key"].value()?)))
             .collect()
     })
 }

@@ -10,7 +10,7 @@ use crate::by_key::{Reading, rows_under};
 use crate::chunk::OpenChunk;
 use crate::error::Result;
 use crate::lookup::Subject;
-use crate::segment::{self, next_number};
+use crate::segment;
 
 /// Those of the entries under whose key the content does not stand, or stands in a row that is about to be replaced, under another spelling.
 ///
@@ -91,12 +91,7 @@ pub fn bury(target: i32, places: Vec<Subject>) -> Result<()> {
     if places.is_empty() {
         return Ok(());
     }
-    let ordinal = next_number("ordinal_seq")?;
-    Spi::run_with_args(
-        "INSERT INTO dedup.ordinals (ordinal, target_id) VALUES ($1, $2)",
-        &[ordinal.into(), target.into()],
-    )?;
-    let ordinal = ordinal.cast_unsigned();
+    let ordinal = segment::nobodys_ordinal(target)?.cast_unsigned();
     segment::write_tombstones(
         target,
         places.into_iter().map(|(digest, key)| (Digest(digest), ordinal, key)).collect(),

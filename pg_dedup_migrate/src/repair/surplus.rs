@@ -167,7 +167,7 @@ fn remove_by_content(chunk: &mut OpenChunk) -> Result<()> {
         images.push((content, image));
         Ok(true)
     })?;
-    upsert::keep_keyless_images(chunk, &images)?;
+    upsert::keep_keyless_images(chunk, images)?;
     by_place::delete(chunk.target, &places)?;
     let entries = entries(chunk, &sorted(extra))?;
     let mut stale: Vec<(Subject, u64)> = chunk.stale.iter().cloned().chain(entries).collect();

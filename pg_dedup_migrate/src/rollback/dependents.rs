@@ -147,19 +147,11 @@ fn for_each_other(
     })
 }
 
-/// How much there is to look at.
-pub struct Scale {
-    /// Records of others that rest on rows of the target, whoever wrote these.
-    pub entries: usize,
-    /// Others rest on rows, or have changed some.
-    any: bool,
-}
-
-/// How much others have to do with the target.
+/// How much there is to look at: records of others that rest on rows of the target, whoever wrote these.
 ///
 /// # Errors
 /// SPI's own.
-pub fn scale(rollback: &Rollback, part: &Part) -> Result<Scale> {
+pub fn scale(rollback: &Rollback, part: &Part) -> Result<usize> {
     let arguments = [part.target.id.into(), rollback.run.into(), rollback.chunk.clone().into()];
     let (blocks, unchanged) = Spi::get_two_with_args::<i64, i64>(
         &format!(
@@ -169,9 +161,8 @@ pub fn scale(rollback: &Rollback, part: &Part) -> Result<Scale> {
         ),
         &arguments,
     )?;
-    let entries = required(blocks)?.unsigned_abs() as usize * segment::ENTRIES_PER_BLOCK
-        + required(unchanged)?.unsigned_abs() as usize / 16;
-    Ok(Scale { entries, any: entries > 0 || has_later_changes(rollback, part)? })
+    Ok(required(blocks)?.unsigned_abs() as usize * segment::ENTRIES_PER_BLOCK
+        + required(unchanged)?.unsigned_abs() as usize / 16)
 }
 
 /// Have others changed or removed rows of the target after what is taken back?
@@ -249,9 +240,9 @@ pub fn refuse(rollback: &Rollback, parts: &[Part]) -> Result<()> {
     }
     let (mut rested, mut overwritten): (BTreeMap<u64, i64>, BTreeMap<u64, i64>) = Default::default();
     for part in parts {
-        let scale = scale(rollback, part)?;
-        if scale.any {
-            walk(rollback, part, scale.entries, |_, _, fate| {
+        let entries = scale(rollback, part)?;
+        if entries > 0 || has_later_changes(rollback, part)? {
+            walk(rollback, part, entries, |_, _, fate| {
                 match fate {
                     Fate::Goes => {}
                     Fate::Overwritten(by) => *overwritten.entry(by).or_default() += 1,

@@ -7,12 +7,12 @@ use pgrx::prelude::*;
 
 use super::dependents::{Fate, scale, walk};
 use super::{Part, Rollback};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::keyset::hash_of;
 use crate::lookup::Place;
 use crate::relation::{Access, Table};
 use crate::segment::{self, SegmentWriter, next_number};
-use crate::sql::required;
+use crate::sql::{required, stored_digest};
 
 /// Rows that were kept for others.
 #[derive(Default)]
@@ -32,9 +32,9 @@ type Heritage = (u64, u64);
 /// # Errors
 /// XX001 for damaged state, 42501 without the privileges of a worker.
 pub fn hand_over(rollback: &Rollback, part: &Part) -> Result<HandedOver> {
-    let scale = scale(rollback, part)?;
+    let entries = scale(rollback, part)?;
     let mut handed_over = HandedOver::default();
-    if scale.entries == 0 {
+    if entries == 0 {
         return Ok(handed_over);
     }
     let images = keys_with_images(rollback, part)?;
@@ -53,7 +53,7 @@ pub fn hand_over(rollback: &Rollback, part: &Part) -> Result<HandedOver> {
         }
         Ok(())
     };
-    walk(rollback, part, scale.entries, |digest, place, fate| {
+    walk(rollback, part, entries, |digest, place, fate| {
         let Fate::Rested(heir) = fate else { return Ok(()) };
         if pending.last().is_some_and(|(last, ..)| last != digest) {
             flush(&mut pending)?;
@@ -152,11 +152,12 @@ fn move_images(moved: &[(u64, Vec<u8>, u64)]) -> Result<Vec<(Digest, u64, Vec<u8
                 &[from.into(), keys.into(), to.into()],
             )?
             .map(|row| {
-                let digest: Vec<u8> = required(row["content_hash"].value()?)?;
-                let digest = Digest::from_slice(&digest)
-                    .ok_or_else(|| Error::corrupted("a before image's content hash is not 32 bytes"))?;
                 let ordinal: i64 = required(row["ordinal"].value()?)?;
-                Ok((digest, ordinal.cast_unsigned(), required(row["key"].value()?)?))
+                Ok((
+                    stored_digest(row["content_hash"].value()?)?,
+                    ordinal.cast_unsigned(),
+                    required(row["key"].value()?)?,
+                ))
             })
             .collect()
     })

@@ -25,7 +25,7 @@ pub fn undo(step: &Step) -> Result<Undone> {
         .retain(|s| s.first_ordinal == s.last_ordinal && leaving.contains(&s.last_ordinal.cast_unsigned()));
     let blocks = Table::open("segment_block", Access::Read)?;
     let mut reader = BlockReader::new(&blocks, &snapshot)?;
-    let entries: usize = segments.iter().map(|s| s.blocks as usize * segment::ENTRIES_PER_BLOCK).sum();
+    let entries = segment::most_entries(&segments);
     let mut undone = Undone::default();
     let mut alone: Vec<Alone> = Vec::new();
     for pass in Passes::of(entries, 96).each() {

@@ -7,13 +7,13 @@ use pg_dedup_record::record::RecordDigests;
 use pgrx::prelude::*;
 
 use super::dependents::{others, owners};
-use super::step::{Done, Image, Plan, Step, Written, content_hash, pending};
+use super::step::{Done, Image, Plan, Step, Written, pending};
 use crate::by_key::{Reading, rows_under};
 use crate::error::Result;
 use crate::index::Target;
 use crate::lookup;
 use crate::relation::Snapshot;
-use crate::sql::required;
+use crate::sql::{required, stored_digest};
 
 /// Why a row is left alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -259,7 +259,7 @@ fn next_changes(step: &Step, keys: &[&[u8]]) -> Result<BTreeMap<Vec<u8>, Next>> 
             )?
             .map(|row| {
                 let ordinal: i64 = required(row["ordinal"].value()?)?;
-                let content = content_hash(row["content_hash"].value()?)?;
+                let content = stored_digest(row["content_hash"].value()?)?;
                 Ok((required(row["key"].value()?)?, Next { ordinal: ordinal.cast_unsigned(), content }))
             })
             .collect()
@@ -309,5 +309,5 @@ fn give_image(step: &Step, key: &[u8], owner: u64) -> Result<(Digest, u64, Vec<u
          FROM dedup.before_images AS b, dedup.ordinals AS o WHERE b.ordinal = $1 AND b.key = $2 AND o.ordinal = $3 RETURNING content_hash",
         &[step.ordinal.cast_signed().into(), key.to_vec().into(), owner.cast_signed().into()],
     )?;
-    Ok((content_hash(before)?, owner, key.to_vec()))
+    Ok((stored_digest(before)?, owner, key.to_vec()))
 }

@@ -12,7 +12,7 @@ use crate::hash::layout::stored_layout;
 use crate::index::Target;
 use crate::relation::{Access, Snapshot, Table};
 use crate::segment::{self, BlockReader, Segment};
-use crate::sql::required;
+use crate::sql::{required, stored_digest};
 
 /// A finish that is taken back.
 pub struct Step {
@@ -131,7 +131,7 @@ impl Done {
                 &[step.ordinal.cast_signed().into()],
             )?;
             for row in rows {
-                let content = content_hash(row["content_hash"].value()?)?;
+                let content = stored_digest(row["content_hash"].value()?)?;
                 let image = Image { key: required(row["key"].value()?)?, content };
                 let removed = required::<bool>(row["removed"].value()?)?;
                 if removed { done.removed.push(image) } else { done.unknown.push(image) }
@@ -192,15 +192,6 @@ impl Done {
         }
         Ok(())
     }
-}
-
-/// A content hash as dedup's tables keep it.
-///
-/// # Errors
-/// XX001 when it is null or not 32 bytes.
-pub fn content_hash(bytes: Option<Vec<u8>>) -> Result<Digest> {
-    Digest::from_slice(&required(bytes)?)
-        .ok_or_else(|| Error::corrupted("a before image's content hash is not 32 bytes"))
 }
 
 /// What is to be done about the rows of a finish.

@@ -16,7 +16,7 @@ use crate::keyset::{column_list, qualified_name};
 use crate::planning::ByIndex;
 use crate::references::{self, Which};
 use crate::relation::{Access, Snapshot, Table};
-use crate::segment::{self, Segment, SegmentWriter, next_number};
+use crate::segment::{self, Segment, SegmentWriter};
 use crate::shmem::filter;
 use crate::sql::required;
 
@@ -170,11 +170,7 @@ fn tell_index(step: &Step, findings: &Findings) -> Result<()> {
         return Ok(());
     }
     entries.sort_unstable();
-    let ordinal = next_number("ordinal_seq")?;
-    Spi::run_with_args(
-        "INSERT INTO dedup.ordinals (ordinal, target_id) VALUES ($1, $2)",
-        &[ordinal.into(), step.target.id.into()],
-    )?;
+    let ordinal = segment::nobodys_ordinal(step.target.id)?;
     let blocks = Table::open("segment_block", Access::Insert)?;
     let segments = Table::open("segment", Access::Insert)?;
     let mut writer = SegmentWriter::new(&blocks, step.target.id, 0)?;
