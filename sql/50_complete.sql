@@ -56,16 +56,20 @@ BEGIN
             AND (f.conrelid = child.target OR f.conrelid IN (SELECT p.relid FROM pg_partition_tree(child.target) AS p))
             AND (f.confrelid = parent.target OR f.confrelid IN (SELECT p.relid FROM pg_partition_tree(parent.target) AS p))
         WHERE w.run_id = run AND EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.table_id = w.table_id AND c.chunk_id <> r.chunk_id));
+    -- Records of a repair are never set aside: the chunk has failed for them.
+    SELECT refused + count(*), chunks || array_agg(c.chunk_id) INTO refused, chunks
+    FROM dedup.checkpoints AS c JOIN dedup.run_tables AS t USING (run_id, table_id)
+    WHERE c.run_id = run AND c.status = 'failed' AND c.repair IS NOT NULL AND c.error_sqlstate = '23503' AND (t.source_spec ? 'local') = local;
     IF refused > 0 AND (before IS NULL OR refused < before) THEN
         UPDATE dedup.checkpoints AS c
         SET status = 'pending', attempts = 0, not_before = NULL, written_at = NULL, repair = CASE WHEN run_status = 'halted' THEN coalesce(c.repair, 'rewrite') END
         WHERE c.run_id = run AND c.chunk_id = ANY (chunks)
-            AND (c.status = 'verified' OR c.status = 'syncing' AND c.written_at IS NOT NULL);
+            AND (c.status = 'verified' OR c.status = 'failed' AND c.repair IS NOT NULL OR c.status = 'syncing' AND c.written_at IS NOT NULL);
         PERFORM dedup.log_event(run, NULL, 'foreign_keys_retried', jsonb_build_object('records', refused, 'chunks', cardinality(chunks)));
     END IF;
     RETURN refused;
 END $$;
-COMMENT ON FUNCTION dedup.retry_foreign_keys(uuid, bigint, bool) IS 'sets chunks with records that foreign keys refused, and other chunks may have satisfied, back to pending, if those are fewer than before; returns how many they are';
+COMMENT ON FUNCTION dedup.retry_foreign_keys(uuid, bigint, bool) IS 'sets chunks with records that foreign keys refused, and other chunks may have satisfied, back to pending, if those are fewer than before; returns how many they are, a chunk of a repair that failed for them counting as one';
 
 -- Tables of a run with chunks that were written and not read back.
 CREATE FUNCTION dedup.unverified_tables(run uuid) RETURNS SETOF int

@@ -139,23 +139,27 @@ pub fn rows_of_other_chunks(chunk: &OpenChunk) -> Result<HashSet<[u8; 16]>> {
 /// A record that stood in the target and is refused now would be set aside, and the run found right without it.
 ///
 /// # Errors
-/// 55000 when the chunk has more records in quarantine than before.
+/// When the chunk has more records in quarantine than before: 23503 where foreign keys are among the reasons, which other chunks may satisfy, else 55000.
 pub fn refuse_more_quarantine(chunk: &OpenChunk, quarantined: i64) -> Result<()> {
     let more = quarantined - chunk.quarantined_before;
     if chunk.repair.is_none() || more <= 0 {
         return Ok(());
     }
-    let reason = Spi::get_one_with_args::<String>(
-        "SELECT pg_catalog.string_agg(DISTINCT q.reason OPERATOR(pg_catalog.||) ': ' OPERATOR(pg_catalog.||) dedup.without_values(q.sqlstate, q.message), '; ') \
+    let (reason, pointing) = Spi::get_two_with_args::<String, bool>(
+        "SELECT pg_catalog.string_agg(DISTINCT q.reason OPERATOR(pg_catalog.||) ': ' OPERATOR(pg_catalog.||) dedup.without_values(q.sqlstate, q.message), '; '), \
+                pg_catalog.bool_or(q.sqlstate = '23503') \
          FROM dedup.quarantine AS q WHERE q.run_id = $1 AND q.chunk_id = $2",
         &[chunk.run.into(), chunk.chunk_id.as_str().into()],
     )?;
-    Err(Error::state(format!(
-        "{more} records that are to be repaired are refused by {}",
-        chunk.target_name()
-    ))
-    .detail(reason.unwrap_or_default())
-    .hint("Mend what the target refuses them for, then repair the run again."))
+    let code = if pointing == Some(true) {
+        PgSqlErrorCode::ERRCODE_FOREIGN_KEY_VIOLATION
+    } else {
+        PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE
+    };
+    let target = chunk.target_name();
+    Err(Error::new(code, format!("{more} records that are to be repaired are refused by {target}"))
+        .detail(reason.unwrap_or_default())
+        .hint("Mend what the target refuses them for, then repair the run again."))
 }
 
 /// Where the index has these digests, and under which ordinals.
