@@ -372,13 +372,15 @@ CREATE TABLE dedup.reconciliations (
     run_id           uuid NOT NULL REFERENCES dedup.runs,
     verdict          text NOT NULL DEFAULT 'open' CHECK (verdict IN ('open', 'clean', 'mismatch', 'abandoned')),
     is_strict        bool NOT NULL DEFAULT false,
+    sample           float8 NOT NULL DEFAULT 1 CHECK (sample > 0 AND sample <= 1),
     last_ordinal     bigint NOT NULL,
     target_snapshot  text,
     started_at       timestamptz NOT NULL DEFAULT clock_timestamp(),
+    drawn_at         timestamptz,
     settled_at       timestamptz,
     finished_at      timestamptz,
     released_by      bigint,
-    is_clean         bool NOT NULL GENERATED ALWAYS AS (verdict = 'clean') STORED,
+    is_clean         bool NOT NULL GENERATED ALWAYS AS (verdict = 'clean' AND sample = 1) STORED,
     by_clean         bool GENERATED ALWAYS AS (CASE WHEN released_by IS NOT NULL THEN true END) STORED,
     holds            uuid GENERATED ALWAYS AS (CASE WHEN verdict = 'mismatch' AND released_by IS NULL THEN run_id END) STORED,
     holds_it         bool NOT NULL GENERATED ALWAYS AS (true) STORED,
@@ -393,14 +395,16 @@ COMMENT ON COLUMN dedup.reconciliations.reconciliation_id IS 'number of the pass
 COMMENT ON COLUMN dedup.reconciliations.run_id IS 'the run';
 COMMENT ON COLUMN dedup.reconciliations.verdict IS 'open (in progress), clean, mismatch (the run is halted) or abandoned (the run went on meanwhile, or another pass began)';
 COMMENT ON COLUMN dedup.reconciliations.is_strict IS 'records that changed in the source since they were read are mismatches too';
+COMMENT ON COLUMN dedup.reconciliations.sample IS 'fraction of the contents that are looked at; 1: all';
 COMMENT ON COLUMN dedup.reconciliations.last_ordinal IS 'highest ordinal of the run''s targets when the pass began: a pass holds for what was written by then';
 COMMENT ON COLUMN dedup.reconciliations.target_snapshot IS 'the target''s snapshot under which rows were compared; several where a pass was taken up: chunks compared before had the same rows under the last';
 COMMENT ON COLUMN dedup.reconciliations.started_at IS 'when it began';
+COMMENT ON COLUMN dedup.reconciliations.drawn_at IS 'of a sample: when its keys were chosen';
 COMMENT ON COLUMN dedup.reconciliations.settled_at IS 'when the index had been compared with the rows';
 COMMENT ON COLUMN dedup.reconciliations.finished_at IS 'when the verdict was given';
 COMMENT ON COLUMN dedup.reconciliations.released_by IS 'of a mismatch: the later clean pass that released it';
-COMMENT ON COLUMN dedup.reconciliations.is_clean IS 'the verdict is clean';
-COMMENT ON COLUMN dedup.reconciliations.by_clean IS 'released_by must be a clean pass';
+COMMENT ON COLUMN dedup.reconciliations.is_clean IS 'the verdict is clean, and everything was looked at';
+COMMENT ON COLUMN dedup.reconciliations.by_clean IS 'released_by must be a clean pass over everything';
 COMMENT ON COLUMN dedup.reconciliations.holds IS 'the run, as long as a mismatch is not released';
 COMMENT ON COLUMN dedup.reconciliations.holds_it IS 'what is_held of that run must be';
 
@@ -416,7 +420,7 @@ BEGIN
         IF NEW.verdict = 'open' OR (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN
             RETURN NEW;
         END IF;
-    ELSIF OLD.verdict = 'open' OR (NEW.verdict, NEW.run_id, NEW.is_strict, NEW.reconciliation_id) = (OLD.verdict, OLD.run_id, OLD.is_strict, OLD.reconciliation_id)
+    ELSIF OLD.verdict = 'open' OR (NEW.verdict, NEW.run_id, NEW.is_strict, NEW.sample, NEW.reconciliation_id) = (OLD.verdict, OLD.run_id, OLD.is_strict, OLD.sample, OLD.reconciliation_id)
         AND (OLD.released_by IS NULL OR NEW.released_by = OLD.released_by) THEN
         RETURN NEW;
     END IF;
@@ -427,6 +431,20 @@ COMMENT ON FUNCTION dedup.keep_verdict() IS 'trigger: a verdict is given once, a
 CREATE TRIGGER keep_verdict BEFORE INSERT OR UPDATE OR DELETE ON dedup.reconciliations FOR EACH ROW EXECUTE FUNCTION dedup.keep_verdict();
 ALTER TABLE dedup.reconciliations ENABLE ALWAYS TRIGGER keep_verdict;
 COMMENT ON TRIGGER keep_verdict ON dedup.reconciliations IS 'a verdict is given once';
+
+CREATE TABLE dedup.sampled_keys (
+    reconciliation_id bigint NOT NULL REFERENCES dedup.reconciliations ON DELETE CASCADE,
+    chunk_id         text NOT NULL,
+    key_count        bigint NOT NULL,
+    keys             bytea NOT NULL
+);
+ALTER TABLE dedup.sampled_keys ALTER keys SET STORAGE EXTERNAL;
+CREATE INDEX sampled_keys_chunk ON dedup.sampled_keys (reconciliation_id, chunk_id);
+COMMENT ON TABLE  dedup.sampled_keys IS 'what a sampled pass looks at; gone when it has its verdict';
+COMMENT ON COLUMN dedup.sampled_keys.reconciliation_id IS 'the pass';
+COMMENT ON COLUMN dedup.sampled_keys.chunk_id IS 'the chunk that rests on them';
+COMMENT ON COLUMN dedup.sampled_keys.key_count IS 'how many keys; one may be listed again';
+COMMENT ON COLUMN dedup.sampled_keys.keys IS 'packed keys, one behind the other';
 
 CREATE TABLE dedup.reconciled_chunks (
     reconciliation_id bigint NOT NULL REFERENCES dedup.reconciliations ON DELETE CASCADE,
@@ -612,7 +630,7 @@ BEGIN
     FOREACH name IN ARRAY ARRAY['dedup.ordinal_seq', 'dedup.segment_id_seq', 'dedup.targets_target_id_seq', 'dedup.quarantine_quarantine_id_seq',
     'dedup.events_event_id_seq', 'dedup.reconciliations_reconciliation_id_seq', 'dedup.divergences_divergence_id_seq', 'dedup.rollbacks_rollback_id_seq',
     'dedup.left_alone_left_alone_id_seq', 'dedup.targets', 'dedup.runs', 'dedup.run_tables', 'dedup.workers', 'dedup.checkpoints', 'dedup.ordinals',
-    'dedup.segment', 'dedup.segment_block', 'dedup.ledger_block', 'dedup.before_images', 'dedup.unchanged_rows', 'dedup.pass_keys', 'dedup.quarantine', 'dedup.reconciliations', 'dedup.reconciled_chunks',
+    'dedup.segment', 'dedup.segment_block', 'dedup.ledger_block', 'dedup.before_images', 'dedup.unchanged_rows', 'dedup.pass_keys', 'dedup.quarantine', 'dedup.reconciliations', 'dedup.sampled_keys', 'dedup.reconciled_chunks',
     'dedup.divergences', 'dedup.rollbacks', 'dedup.rollback_steps', 'dedup.left_alone', 'dedup.events']::regclass[]
     LOOP
         -- The hash index can be made anew after a restore: PGOPTIONS='-c pg_dedup_migrate.dump_index=off' leaves it out.

@@ -30,7 +30,7 @@ $$;
 COMMENT ON FUNCTION dedup.last_ordinal(uuid) IS 'highest ordinal of a run''s targets: it grows with everything that is written there';
 
 -- Takes up a pass that was cut off, unless something was written since.
-CREATE FUNCTION dedup.begin_reconcile(run uuid, strict bool DEFAULT false, repaired bool DEFAULT false) RETURNS bigint
+CREATE FUNCTION dedup.begin_reconcile(run uuid, sample float8 DEFAULT 1.0, strict bool DEFAULT false, repaired bool DEFAULT false) RETURNS bigint
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     r dedup.runs := dedup.lock_run(run);
@@ -38,6 +38,13 @@ DECLARE
     other text;
     id bigint;
 BEGIN
+    IF sample IS NULL OR NOT (sample > 0 AND sample <= 1) THEN
+        RAISE EXCEPTION 'a sample of % cannot be drawn', coalesce(sample::text, 'NULL') USING ERRCODE = 'invalid_parameter_value',
+            HINT = 'It is a fraction: 0.01 looks at one content in a hundred, 1 at all.';
+    ELSIF sample < 1 AND NOT EXISTS (SELECT FROM dedup.run_tables AS t WHERE t.run_id = run AND NOT t.keyless) THEN
+        RAISE EXCEPTION 'no table of run % has a key', run USING ERRCODE = 'feature_not_supported',
+            DETAIL = 'What is in a sample is fetched by key.', HINT = 'Reconcile the whole run.';
+    END IF;
     IF r.status NOT IN ('done', 'reconciled', 'halted') THEN
         RAISE EXCEPTION 'run % is %', run, r.status USING ERRCODE = 'object_not_in_prerequisite_state',
             DETAIL = 'A run is reconciled when every chunk of it is verified.',
@@ -56,13 +63,13 @@ BEGIN
     END IF;
     PERFORM dedup.refuse_replaced(g.target_id) FROM (SELECT DISTINCT t.target_id FROM dedup.run_tables AS t WHERE t.run_id = run) AS g;
     SELECT c.reconciliation_id INTO id FROM dedup.reconciliations AS c
-    WHERE c.run_id = run AND c.verdict = 'open' AND c.is_strict = begin_reconcile.strict AND c.last_ordinal = last
+    WHERE c.run_id = run AND c.verdict = 'open' AND c.sample = begin_reconcile.sample AND c.is_strict = begin_reconcile.strict AND c.last_ordinal = last
     ORDER BY c.reconciliation_id DESC LIMIT 1;
     UPDATE dedup.reconciliations AS c SET verdict = 'abandoned', finished_at = clock_timestamp()
     WHERE c.run_id = run AND c.verdict = 'open' AND c.reconciliation_id IS DISTINCT FROM id;
     IF id IS NULL THEN
-        INSERT INTO dedup.reconciliations AS c (run_id, is_strict, last_ordinal)
-        VALUES (run, begin_reconcile.strict, last) RETURNING c.reconciliation_id INTO id;
+        INSERT INTO dedup.reconciliations AS c (run_id, sample, is_strict, last_ordinal)
+        VALUES (run, begin_reconcile.sample, begin_reconcile.strict, last) RETURNING c.reconciliation_id INTO id;
         IF repaired THEN
             -- Chunks that were found right and not touched since: dedup.recheck_chunks compares their rows with what they were then.
             INSERT INTO dedup.reconciled_chunks
@@ -71,17 +78,17 @@ BEGIN
                 JOIN dedup.checkpoints AS c ON c.run_id = x.run_id AND c.chunk_id = k.chunk_id
                 CROSS JOIN LATERAL jsonb_populate_record(k, jsonb_build_object('reconciliation_id', id)) AS copy
             -- The last verdict: what an earlier pass kept for the end is cleared by a later one.
-            WHERE x.reconciliation_id = (SELECT max(y.reconciliation_id) FROM dedup.reconciliations AS y WHERE y.run_id = run AND y.verdict IN ('clean', 'mismatch'))
+            WHERE x.reconciliation_id = (SELECT max(y.reconciliation_id) FROM dedup.reconciliations AS y WHERE y.run_id = run AND y.sample = 1 AND y.verdict IN ('clean', 'mismatch'))
                 AND x.verdict = 'mismatch' AND x.is_strict >= begin_reconcile.strict AND c.ordinal <= x.last_ordinal AND k.row_checksum IS NOT NULL
                 AND k.missing_count + k.changed_count + k.extra_count + k.surviving_duplicate_count + k.foreign_count + k.source_changed_count = 0;
         END IF;
-        PERFORM dedup.log_event(run, NULL, 'reconcile_started', jsonb_build_object('reconciliation_id', id, 'strict', strict));
+        PERFORM dedup.log_event(run, NULL, 'reconcile_started', jsonb_build_object('reconciliation_id', id, 'sample', sample, 'strict', strict));
     ELSE
         PERFORM dedup.log_event(run, NULL, 'reconcile_resumed', jsonb_build_object('reconciliation_id', id));
     END IF;
     RETURN id;
 END $$;
-COMMENT ON FUNCTION dedup.begin_reconcile(uuid, bool, bool) IS 'begins a pass over a run whose chunks are all verified, or takes up one that was cut off; repaired: chunks that the pass before found right, and nobody touched since, need not be read from the source again; returns its number';
+COMMENT ON FUNCTION dedup.begin_reconcile(uuid, float8, bool, bool) IS 'begins a pass over a run whose chunks are all verified, or takes up one that was cut off; sample: the fraction of its contents to look at; repaired: chunks that the pass before found right, and nobody touched since, need not be read from the source again; returns its number';
 
 -- Chunks that a pass has still to compare.
 CREATE FUNCTION dedup.chunks_to_reconcile(reconciliation bigint, OUT chunk_id text, OUT table_id int, OUT range_kind text, OUT range_lower text[],
@@ -89,7 +96,7 @@ CREATE FUNCTION dedup.chunks_to_reconcile(reconciliation bigint, OUT chunk_id te
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT c.chunk_id, c.table_id, c.range_kind, c.range_lower, c.range_upper, t.source_spec ? 'local', coalesce(c.source_bytes, c.estimated_bytes)
     FROM dedup.reconciliations AS p JOIN dedup.checkpoints AS c USING (run_id) JOIN dedup.run_tables AS t USING (run_id, table_id)
-    WHERE p.reconciliation_id = reconciliation
+    WHERE p.reconciliation_id = reconciliation AND (p.sample = 1 OR NOT t.keyless)
         AND NOT EXISTS (SELECT FROM dedup.reconciled_chunks AS k WHERE k.reconciliation_id = reconciliation AND k.chunk_id = c.chunk_id)
     ORDER BY c.chunk_no
 $$;
@@ -116,7 +123,7 @@ BEGIN
     END IF;
     IF EXISTS (SELECT FROM dedup.chunks_to_reconcile(reconciliation)) THEN
         RAISE EXCEPTION 'reconciliation % has chunks left to compare', reconciliation USING ERRCODE = 'object_not_in_prerequisite_state';
-    ELSIF p.settled_at IS NULL THEN
+    ELSIF p.settled_at IS NULL AND p.sample = 1 THEN
         RAISE EXCEPTION 'reconciliation % is not settled', reconciliation USING ERRCODE = 'object_not_in_prerequisite_state',
             HINT = format('SELECT dedup.settle_reconcile(%s);', reconciliation);
     END IF;
@@ -127,16 +134,17 @@ BEGIN
         RETURN 'abandoned';
     END IF;
     SELECT sum(k.missing_count + k.changed_count + k.extra_count + k.surviving_duplicate_count + CASE WHEN p.is_strict THEN k.source_changed_count ELSE 0 END),
-        jsonb_build_object('reconciliation_id', reconciliation, 'source', sum(k.source_count), 'present', sum(k.present_count),
+        jsonb_build_object('reconciliation_id', reconciliation, 'sample', p.sample, 'source', sum(k.source_count), 'present', sum(k.present_count),
             'duplicate', sum(k.duplicate_count), 'quarantined', sum(k.quarantined_count), 'missing', sum(k.missing_count), 'changed', sum(k.changed_count),
             'extra', sum(k.extra_count), 'surviving_duplicate', sum(k.surviving_duplicate_count), 'foreign', sum(k.foreign_count),
             'source_changed', sum(k.source_changed_count)),
         (SELECT string_agg(t.target_snapshot, ' ' ORDER BY t.last) FROM (SELECT u.target_snapshot, max(u.compared_at) AS last FROM dedup.reconciled_chunks AS u
             WHERE u.reconciliation_id = reconciliation GROUP BY 1) AS t)
     INTO mismatches, told, seen_under FROM dedup.reconciled_chunks AS k WHERE k.reconciliation_id = reconciliation;
+    DELETE FROM dedup.sampled_keys AS s WHERE s.reconciliation_id IN (SELECT x.reconciliation_id FROM dedup.reconciliations AS x WHERE x.run_id = p.run_id);
     -- After a repair the next pass goes on from what this one found of chunks that are right.
     UPDATE dedup.reconciled_chunks AS k SET seen = NULL, dropped = NULL, sought = NULL FROM dedup.reconciliations AS x
-    WHERE x.run_id = p.run_id AND k.reconciliation_id = x.reconciliation_id AND (x.reconciliation_id < reconciliation OR mismatches = 0)
+    WHERE x.run_id = p.run_id AND p.sample = 1 AND k.reconciliation_id = x.reconciliation_id AND (x.reconciliation_id < reconciliation OR mismatches = 0)
         AND (k.seen IS NOT NULL OR k.dropped IS NOT NULL OR k.sought IS NOT NULL);
     IF mismatches > 0 THEN
         result := 'mismatch';
@@ -148,6 +156,11 @@ BEGIN
         UPDATE dedup.divergences AS d SET state = 'superseded' WHERE d.run_id = p.run_id AND d.state = 'open' AND d.reconciliation_id <> reconciliation;
         PERFORM dedup.log_event(p.run_id, NULL, 'mismatch', told || '{"severity": "P1"}');
         PERFORM pg_notify('dedup_alerts', jsonb_build_object('severity', 'P1', 'alert', 'mismatch', 'run_id', p.run_id, 'mismatches', mismatches)::text);
+    ELSIF p.sample < 1 THEN
+        -- It says nothing of what it did not look at: no run is reconciled by it, and no mismatch released.
+        result := 'clean';
+        UPDATE dedup.reconciliations AS x SET verdict = result, finished_at = clock_timestamp(), target_snapshot = seen_under WHERE x.reconciliation_id = reconciliation;
+        PERFORM dedup.log_event(p.run_id, NULL, 'sample_clean', told);
     ELSE
         result := 'clean';
         UPDATE dedup.reconciliations AS x SET verdict = result, finished_at = clock_timestamp(), target_snapshot = seen_under WHERE x.reconciliation_id = reconciliation;
@@ -163,14 +176,14 @@ BEGIN
     END IF;
     RETURN result;
 END $$;
-COMMENT ON FUNCTION dedup.close_reconcile(bigint) IS 'gives the verdict of a pass whose chunks are all compared: clean, and the run is reconciled; mismatch, and it is halted; abandoned, if the run went on meanwhile';
+COMMENT ON FUNCTION dedup.close_reconcile(bigint) IS 'gives the verdict of a pass whose chunks are all compared: clean, and the run is reconciled unless it was a sample; mismatch, and it is halted; abandoned, if the run went on meanwhile';
 
 -- What the last verdict over a run was about.
 CREATE FUNCTION dedup.open_mismatches(run uuid) RETURNS bigint
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT coalesce(sum(k.missing_count + k.changed_count + k.extra_count + k.surviving_duplicate_count + CASE WHEN p.is_strict THEN k.source_changed_count ELSE 0 END), 0)::bigint
     FROM dedup.reconciliations AS p JOIN dedup.reconciled_chunks AS k USING (reconciliation_id)
-    WHERE p.reconciliation_id = (SELECT max(x.reconciliation_id) FROM dedup.reconciliations AS x WHERE x.run_id = run AND x.verdict IN ('clean', 'mismatch'))
+    WHERE p.reconciliation_id = (SELECT max(x.reconciliation_id) FROM dedup.reconciliations AS x WHERE x.run_id = run AND (x.verdict = 'mismatch' OR x.verdict = 'clean' AND x.sample = 1))
 $$;
 COMMENT ON FUNCTION dedup.open_mismatches(uuid) IS 'mismatches that the last pass over a run found';
 
@@ -185,7 +198,7 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION dedup.must_see_sources(uuid, text) IS 'refuses a run of which only a worker can read every source';
 
-CREATE FUNCTION dedup.reconcile(run uuid, strict bool DEFAULT false, repaired bool DEFAULT false) RETURNS SETOF dedup.reconciled_chunks
+CREATE FUNCTION dedup.reconcile(run uuid, sample float8 DEFAULT 1.0, strict bool DEFAULT false, repaired bool DEFAULT false) RETURNS SETOF dedup.reconciled_chunks
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     id bigint;
@@ -193,12 +206,18 @@ BEGIN
     PERFORM dedup.must_own(run);
     PERFORM dedup.hold_run(run, true);
     PERFORM dedup.must_see_sources(run, 'pg-dedup-migrate reconcile %s compares them.');
-    id := dedup.begin_reconcile(run, strict, repaired);
+    id := dedup.begin_reconcile(run, sample, strict, repaired);
+    IF sample < 1 THEN
+        PERFORM dedup.draw_sample(id);
+    ELSE
+        PERFORM dedup.recheck_chunks(id);
+    END IF;
     -- One statement: every chunk is compared under one snapshot.
-    PERFORM dedup.recheck_chunks(id);
     PERFORM dedup.reconcile_local_chunks(id);
-    PERFORM dedup.settle_reconcile(id);
+    IF sample = 1 THEN
+        PERFORM dedup.settle_reconcile(id);
+    END IF;
     PERFORM dedup.close_reconcile(id);
     RETURN QUERY SELECT k.* FROM dedup.reconciled_chunks AS k WHERE k.reconciliation_id = id ORDER BY k.chunk_id;
 END $$;
-COMMENT ON FUNCTION dedup.reconcile(uuid, bool, bool) IS 'compares the sources of a run, which this database must see, with their targets, record by record; a run with mismatches is halted, one without is reconciled';
+COMMENT ON FUNCTION dedup.reconcile(uuid, float8, bool, bool) IS 'compares the sources of a run, which this database must see, with their targets, record by record; a run with mismatches is halted, one without is reconciled';

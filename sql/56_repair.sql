@@ -127,7 +127,7 @@ BEGIN
                 HINT = 'Look for a trigger, rule or application that changes or drops rows of the target.';
         END IF;
     END LOOP;
-    PERFORM dedup.reconcile(run, strictly, true);
+    PERFORM dedup.reconcile(run, 1.0, strictly, true);
     after := CASE WHEN (dedup.run_row(run)).status = 'halted' THEN dedup.open_mismatches(run) ELSE 0 END;
     RETURN before - after;
 END $$;

@@ -6,10 +6,14 @@ use std::hash::{DefaultHasher, Hasher};
 
 use pg_dedup_record::key;
 use pg_dedup_record::layout::Layout;
+use pg_dedup_record::sql::quote_ident;
 use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys;
+use pgrx::prelude::*;
 
 use crate::error::{Error, Result};
+use crate::planning::ExactTexts;
+use crate::sql::required;
 
 /// A table's name, quoted and qualified.
 pub fn qualified_name(relation: pg_sys::Oid) -> String {
@@ -29,21 +33,6 @@ pub fn hash_of(parts: &[&[u8]]) -> u64 {
     let mut hasher = DefaultHasher::new();
     parts.iter().for_each(|part| hasher.write(part));
     hasher.finish()
-}
-
-/// An identifier, quoted where it must be.
-pub fn quote_ident(name: &str) -> String {
-    format!("\"{}\"", name.replace('"', "\"\""))
-}
-
-/// A text literal that means the same under any setting.
-pub fn quote_literal(text: &str) -> String {
-    let quoted = text.replace('\'', "''");
-    if quoted.contains('\\') {
-        format!(" E'{}'", quoted.replace('\\', "\\\\"))
-    } else {
-        format!("'{quoted}'")
-    }
 }
 
 /// The layout's columns of the row source `alias`, in COPY order.
@@ -145,6 +134,20 @@ impl KeyTypes {
                 unsafe { DatumWithOid::new(pg_sys::Datum::from(array), key_type.array) }
             })
             .collect())
+    }
+
+    /// Of each key column an array of these keys' values, in the text form of arrays.
+    ///
+    /// # Errors
+    /// As [`KeyTypes::arrays`].
+    pub fn texts(&self, keys: &[Vec<u8>]) -> Result<Vec<String>> {
+        let _texts = ExactTexts::new();
+        let columns: Vec<String> = (1..=self.0.len())
+            .map(|i| format!("pg_catalog.array_agg(k.k{i}::pg_catalog.text ORDER BY k.n)::pg_catalog.text"))
+            .collect();
+        let keys: Vec<&[u8]> = keys.iter().map(Vec::as_slice).collect();
+        let query = format!("SELECT ARRAY[{}] FROM {}", columns.join(", "), self.unnest());
+        required(Spi::get_one_with_args(&query, &self.arrays(&keys)?)?)
     }
 
     /// `unnest($1, …) WITH ORDINALITY AS k(k1, …, n)`, for the arrays of [`KeyTypes::arrays`].

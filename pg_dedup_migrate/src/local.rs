@@ -7,6 +7,7 @@ use std::collections::HashSet;
 use pg_dedup_record::fold::{Fold, FoldError, Refusal, Way};
 use pg_dedup_record::layout::Layout;
 use pg_dedup_record::refusal::condition_name;
+use pg_dedup_record::sql::{has_key_among, quote_literal};
 use pg_dedup_record::{Batch, BatchBuilder, WritePlan, pgcopy, wire};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -18,7 +19,6 @@ use crate::copy;
 use crate::error::{Error, Result};
 use crate::finish::{self, Books};
 use crate::hash::rows::{self, View};
-use crate::keyset::quote_literal;
 use crate::matching;
 use crate::sql::required;
 use crate::upsert;
@@ -57,7 +57,7 @@ fn run_chunk(run: Uuid, chunk_id: &str) -> Result<(), ErrorReport> {
 fn migrate(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<()> {
     let occupied = chunk::begin(run, chunk_id, lease)?;
     chunk::with_open(run, chunk_id, |chunk| {
-        let batch = read(chunk.run, chunk_id, &chunk.layout, chunk.keyless(), View::Latest)?;
+        let batch = read(chunk.run, chunk_id, &chunk.layout, chunk.keyless(), View::Latest, None)?;
         let mut writer = Writer { fold: Fold::new(&batch, chunk.keyless())?, batch: &batch, chunk };
         writer.settle(occupied)?;
         let Writer { fold, chunk, .. } = writer;
@@ -74,11 +74,19 @@ fn migrate(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<()> {
     })
 }
 
-/// Reads a chunk's records, each as the tuple that a binary COPY of the source would send.
+/// Reads a chunk's records, each as the tuple that a binary COPY of the source would send. `only`: those under these keys, as
+/// [`KeyTypes::texts`](crate::keyset::KeyTypes::texts) gives them.
 ///
 /// # Errors
 /// Whatever the source's query raises; XX001 for what cannot be read of the run.
-pub fn read(run: Uuid, chunk_id: &str, layout: &Layout, keyless: bool, view: View) -> Result<Batch> {
+pub fn read(
+    run: Uuid,
+    chunk_id: &str,
+    layout: &Layout,
+    keyless: bool,
+    view: View,
+    only: Option<&[String]>,
+) -> Result<Batch> {
     let (spec, kind, lower, upper) = Spi::connect(|client| -> Result<_> {
         let found = client.select(
             "SELECT t.source_spec, c.range_kind, c.range_lower, c.range_upper \
@@ -97,7 +105,11 @@ pub fn read(run: Uuid, chunk_id: &str, layout: &Layout, keyless: bool, view: Vie
     })?;
     let spec: SourceSpec =
         serde_json::from_value(spec).map_err(|e| Error::corrupted(format!("unreadable source_spec: {e}")))?;
-    let query = spec.query(&kind, lower.as_deref(), upper.as_deref());
+    let mut query = spec.query(&kind, lower.as_deref(), upper.as_deref());
+    if let Some(keys) = only {
+        query.push_str(" AND ");
+        query.push_str(&has_key_among(layout, &spec.select, keys));
+    }
     let unreadable =
         |e: pg_dedup_record::BatchError| Error::corrupted(format!("a record of the source: {e}"));
     let mut builder = BatchBuilder::new(layout, keyless);

@@ -65,6 +65,8 @@ impl Source<'_> {
 pub struct Merge<'a> {
     sources: Vec<Source<'a>>,
     heads: BinaryHeap<Reverse<Head>>,
+    /// The prefix to end before.
+    until: Option<u64>,
 }
 
 impl<'a> Merge<'a> {
@@ -77,7 +79,7 @@ impl<'a> Merge<'a> {
         segments: impl IntoIterator<Item = &'s Segment>,
         snapshot: &'a Snapshot,
     ) -> Result<Self> {
-        let mut merge = Self { sources: Vec::new(), heads: BinaryHeap::new() };
+        let mut merge = Self { sources: Vec::new(), heads: BinaryHeap::new(), until: None };
         for (number, segment) in segments.into_iter().enumerate() {
             let mut reader = BlockReader::new(blocks, snapshot)?;
             reader.start(segment.id);
@@ -86,6 +88,11 @@ impl<'a> Merge<'a> {
             merge.sources.push(source);
         }
         Ok(merge)
+    }
+
+    /// Ends before the first digest whose prefix is this or higher.
+    pub fn until(self, prefix: Option<u64>) -> Self {
+        Self { until: prefix, ..self }
     }
 
     /// Calls `visit` with every content, all that is said about it, and where it stands now. Both are sorted: by ordinal, and by key.
@@ -135,6 +142,9 @@ impl<'a> Merge<'a> {
     pub fn for_each(mut self, mut visit: impl FnMut(&Entry<'_>) -> Result<()>) -> Result<()> {
         while let Some(mut first) = self.heads.peek_mut() {
             let Reverse(head) = &*first;
+            if self.until.is_some_and(|until| head.digest.prefix() >= until) {
+                break;
+            }
             let source = &mut self.sources[head.source];
             visit(&Entry {
                 digest: head.digest,

@@ -6,6 +6,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use pg_dedup_record::digest::Digest;
 use pg_dedup_record::layout::Layout;
+use pg_dedup_record::sql::{quote_ident, quote_literal};
 use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys;
 use pgrx::pg_sys::panic::ErrorReport;
@@ -16,7 +17,7 @@ use crate::chunk::{self, OpenChunk};
 use crate::error::{Error, Result};
 use crate::finish::draw_ordinal;
 use crate::hash::rows;
-use crate::keyset::{KeyTypes, column_list, qualified_name, quote_ident, quote_literal};
+use crate::keyset::{KeyTypes, column_list, qualified_name};
 use crate::matching::unpack_keys;
 use crate::planning::{ByIndex, ExactTexts};
 use crate::references;

@@ -159,6 +159,9 @@ pub struct ReconcileArgs {
     /// Chunks compared at a time [default: 2]
     #[arg(long, value_name = "N")]
     pub workers: Option<u16>,
+    /// Look at this fraction of the contents only (0.01: one in a hundred), fetched by key on both sides
+    #[arg(long, value_name = "FRACTION", default_value_t = 1.0, value_parser = fraction)]
+    pub sample: f64,
     /// Records that changed in the source since they were migrated are mismatches, too
     #[arg(long)]
     pub strict: bool,
@@ -234,6 +237,14 @@ pub struct DoctorArgs {
     pub chunk_size: Option<String>,
 }
 
+/// A part of a whole: above 0, at most 1.
+fn fraction(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(fraction) if fraction > 0.0 && fraction <= 1.0 => Ok(fraction),
+        _ => Err("a fraction is above 0 and at most 1".into()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -243,6 +254,15 @@ mod tests {
     #[test]
     fn the_command_line_is_well_formed() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn samples_are_fractions() {
+        assert_eq!(fraction("0.01"), Ok(0.01));
+        assert_eq!(fraction("1"), Ok(1.0));
+        for text in ["0", "-0.1", "1.01", "NaN", "inf", "1%", ""] {
+            assert!(fraction(text).is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -3,12 +3,13 @@
 use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
+use pg_dedup_record::sql::quote_ident;
 use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
 use crate::conn::{Endpoint, Role, Session};
 use crate::error::{At, Result, Side};
-use crate::names::{TableName, quote_ident};
+use crate::names::TableName;
 use crate::stop::Stop;
 
 /// Has the target read back what its chunks did not, table by table, each in a transaction of its own. Another process may be at a table: then

@@ -96,7 +96,8 @@ async fn command(command: &Command) -> Result<u8> {
         Command::Run(args) => run::run(&Job::of_run(args)?, args.resume.as_deref(), Stop::listen()?).await,
         Command::Work(args) => run::work(&Job::of_work(args)?, &args.run, Stop::listen()?).await,
         Command::Reconcile(args) => {
-            reconcile::reconcile(&Job::of_reconcile(args)?, &args.run, args.strict, Stop::listen()?).await
+            let job = Job::of_reconcile(args)?;
+            reconcile::reconcile(&job, &args.run, args.sample, args.strict, Stop::listen()?).await
         }
         Command::Repair(args) => {
             repair::repair(&Job::of_repair(args)?, &args.run, args.delete_extra, Stop::listen()?).await

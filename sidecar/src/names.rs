@@ -1,7 +1,8 @@
-//! Names as SQL has them: reading them from flags, folding, quoting, and quoting of literals.
+//! Names as SQL has them: reading them from flags, folding and quoting.
 
 use std::fmt;
 
+use pg_dedup_record::sql::quote_ident;
 use serde::{Deserialize, Deserializer};
 
 use crate::error::{Error, Result};
@@ -93,17 +94,6 @@ pub fn parse_ident(text: &str) -> Result<String> {
     let ident = reader.ident()?;
     reader.end()?;
     Ok(ident)
-}
-
-/// Quotes an identifier, always: a quoted name can't turn into a keyword.
-pub fn quote_ident(name: &str) -> String {
-    format!("\"{}\"", name.replace('"', "\"\""))
-}
-
-/// Quotes a literal so that it means the same whatever `standard_conforming_strings` says.
-pub fn quote_literal(value: &str) -> String {
-    let quoted = value.replace('\'', "''");
-    if quoted.contains('\\') { format!("E'{}'", quoted.replace('\\', "\\\\")) } else { format!("'{quoted}'") }
 }
 
 /// A comma-separated list of quoted identifiers.
@@ -231,11 +221,5 @@ mod tests {
         );
         assert!(parse_table_columns("orders").is_err());
         assert!(parse_table_sql("orders:").is_err());
-    }
-
-    #[test]
-    fn literals_survive_quotes_and_backslashes() {
-        assert_eq!(quote_literal("it's"), "'it''s'");
-        assert_eq!(quote_literal("a\\b'c"), "E'a\\\\b''c'");
     }
 }

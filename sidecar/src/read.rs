@@ -5,11 +5,11 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use futures_util::TryStreamExt;
+use pg_dedup_record::sql::quote_literal;
 use pg_dedup_record::{Batch, BatchBuilder, BatchError};
 
 use crate::conn::Session;
 use crate::error::{At, Error, Kind, Result, Side};
-use crate::names::quote_literal;
 use crate::progress::Counters;
 use crate::source::Range;
 use crate::tables::TableWork;
@@ -28,27 +28,42 @@ pub struct ReadChunk {
     pub in_flight: InFlight,
 }
 
-/// Reads a chunk, under a snapshot that another session exported if there is one. `spent` is a batch that is done with; its memory is used again.
+/// What is read of a chunk.
+#[derive(Debug, Clone, Copy)]
+pub enum Extent<'a> {
+    /// Everything.
+    All,
+    /// Everything, under a snapshot that another session exported.
+    AllUnder(&'a str),
+    /// Records with one of these keys: of each key column an array of texts.
+    Keys(&'a [String]),
+}
+
+/// Reads a chunk. `spent` is a batch that is done with; its memory is used again.
 pub async fn read_chunk(
     source: &Session,
     table: &TableWork,
     range: &Range,
-    snapshot: Option<&str>,
+    extent: Extent<'_>,
     counters: &Arc<Counters>,
     spent: Option<Batch>,
 ) -> Result<ReadChunk> {
     let started = Instant::now();
     let lsn = position(source).await?;
-    if let Some(snapshot) = snapshot {
+    if let Extent::AllUnder(snapshot) = extent {
         enter_snapshot(source, snapshot).await?;
     }
+    let sql = match extent {
+        Extent::All | Extent::AllUnder(_) => table.spec.copy_out(range),
+        Extent::Keys(keys) => table.spec.copy_out_keys(range, &table.layout, keys),
+    };
     let builder = match spent {
         Some(batch) => BatchBuilder::reusing(batch, &table.layout, table.keyless),
         None => BatchBuilder::new(&table.layout, table.keyless),
     };
     let mut in_flight = InFlight { counters: counters.clone(), bytes: 0 };
-    let batch = copy_out(source, &table.spec.copy_out(range), builder, &mut in_flight).await;
-    if snapshot.is_some() {
+    let batch = copy_out(source, &sql, builder, &mut in_flight).await;
+    if let Extent::AllUnder(_) = extent {
         source.client.batch_execute("ROLLBACK").await.at(Side::Source, "leaving the snapshot")?;
     }
     let batch = batch?;

@@ -12,13 +12,13 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pg_dedup_record::Batch;
+use pg_dedup_record::sql::quote_literal;
 use uuid::Uuid;
 
 use crate::config::Job;
 use crate::conn::{Endpoint, Role, Session, protocol_error};
 use crate::error::{At, Error, Kind, Result, Side};
 use crate::failpoint::{self, Failpoint};
-use crate::names::quote_literal;
 use crate::progress::{Counters, Plan, Progress, Work};
 use crate::protocol::GENERIC_PLANS;
 use crate::read;
@@ -48,14 +48,17 @@ struct Pass {
     target_snapshot: String,
     /// The source's snapshot that tables without a key are read under: positions move.
     source_snapshot: Option<String>,
+    /// Only what was drawn is compared.
+    sampled: bool,
     left: Mutex<VecDeque<Chunk>>,
     counters: Arc<Counters>,
     stop: Stop,
 }
 
 /// Compares a run's sources with its targets and tells the verdict.
-pub async fn reconcile(job: &Job, wanted: &str, strict: bool, stop: Stop) -> Result<u8> {
-    let Some(verdict) = pass(job, wanted, Extent { strict, repaired: false }, stop).await? else {
+pub async fn reconcile(job: &Job, wanted: &str, sample: f64, strict: bool, stop: Stop) -> Result<u8> {
+    let extent = Extent { sample, strict, repaired: false };
+    let Some(verdict) = pass(job, wanted, extent, stop).await? else {
         return Ok(130);
     };
     verdict.print(job.json)?;
@@ -65,6 +68,8 @@ pub async fn reconcile(job: &Job, wanted: &str, strict: bool, stop: Stop) -> Res
 /// What a pass looks at.
 #[derive(Debug, Clone, Copy)]
 pub struct Extent {
+    /// The fraction of contents that are looked at; 1: all.
+    pub sample: f64,
     /// Records that changed in the source are mismatches, too.
     pub strict: bool,
     /// Chunks that the pass before found right, and nobody touched since, are not read from the source again.
@@ -85,15 +90,24 @@ pub async fn pass(job: &Job, wanted: &str, extent: Extent, stop: Stop) -> Result
         .await
         .at(Side::Target, "reserving the run")?;
     let id = begin(&admin, &run, extent).await?;
-    // After that, so that the snapshot knows of the pass.
+    let sampled = extent.sample < 1.0;
+    if sampled {
+        let keys = draw_sample(&admin, id).await?;
+        tracing::info!("reconciling a sample of run {} ({}), pass {id}: {keys} keys", run.run_id, run.name);
+        warn_of_keyless(&admin, &run).await?;
+    } else {
+        tracing::info!("reconciling run {} ({}), pass {id}", run.run_id, run.name);
+    }
+    // After that, so that the snapshot knows of the pass and what was drawn for it.
     let (_keeper, target_snapshot) = setup::export_snapshot(&target).await?;
-    recheck(&admin, id, &target_snapshot).await?;
-    tracing::info!("reconciling run {} ({}), pass {id}", run.run_id, run.name);
+    if !sampled {
+        recheck(&admin, id, &target_snapshot).await?;
+    }
     let resumable = |error: Error| match error.hint {
         Some(_) => error,
         None => error.hint(format!("pg-dedup-migrate reconcile {} goes on with what is left", run.run_id)),
     };
-    let (left, plan) = chunks_left(&admin, run.run_id, id).await?;
+    let (left, plan) = chunks_left(&admin, run.run_id, id, extent.sample).await?;
     let tables = tables::load(&admin, run.run_id).await?;
     let keyless = left.iter().any(|chunk| chunk.range.kind == RangeKind::Ctid);
     let (_source_keeper, source_snapshot) = match keyless {
@@ -111,6 +125,7 @@ pub async fn pass(job: &Job, wanted: &str, extent: Extent, stop: Stop) -> Result
         tables,
         target_snapshot,
         source_snapshot,
+        sampled,
         left: Mutex::new(left),
         counters: counters.clone(),
         stop: stop.clone(),
@@ -122,7 +137,7 @@ pub async fn pass(job: &Job, wanted: &str, extent: Extent, stop: Stop) -> Result
     let concluded = tokio::select! {
         biased;
         () = stop.asked() => None,
-        concluded = conclude(&admin, id) => Some(concluded),
+        concluded = conclude(&admin, id, sampled) => Some(concluded),
     };
     let Some(concluded) = concluded else {
         admin.cancel().await;
@@ -137,12 +152,33 @@ async fn begin(admin: &Session, run: &Run, extent: Extent) -> Result<i64> {
     admin
         .client
         .query_one(
-            "SELECT dedup.begin_reconcile($1::uuid, $2::bool, $3::bool)",
-            &[&run.run_id, &extent.strict, &extent.repaired],
+            "SELECT dedup.begin_reconcile($1::uuid, $2::float8, $3::bool, $4::bool)",
+            &[&run.run_id, &extent.sample, &extent.strict, &extent.repaired],
         )
         .await
         .and_then(|row| row.try_get(0))
         .at(Side::Target, "begin_reconcile")
+}
+
+/// Has the target choose what a sampled pass looks at, unless it has; answers how many keys that is.
+async fn draw_sample(admin: &Session, id: i64) -> Result<i64> {
+    admin
+        .client
+        .query_one("SELECT dedup.draw_sample($1::bigint)", &[&id])
+        .await
+        .and_then(|row| row.try_get(0))
+        .at(Side::Target, "draw_sample")
+}
+
+/// Says which tables a sample leaves out.
+async fn warn_of_keyless(admin: &Session, run: &Run) -> Result<()> {
+    let doing = "looking for tables without a key";
+    let sql = "SELECT string_agg(source, ', ' ORDER BY table_id) FROM dedup.run_tables WHERE run_id = $1 AND keyless";
+    let row = admin.client.query_one(sql, &[&run.run_id]).await.at(Side::Target, doing)?;
+    if let Some(keyless) = row.try_get::<_, Option<String>>(0).at(Side::Target, doing)? {
+        tracing::warn!("not in the sample: {keyless}: without a key nothing can be fetched by it");
+    }
+    Ok(())
 }
 
 /// Has the target forget chunks that an earlier attempt at the pass compared, and whose rows are others now.
@@ -171,7 +207,7 @@ async fn enter_snapshot(target: &Session, snapshot: &str) -> Result<()> {
 }
 
 /// The chunks that workers compare, and how much there is in all. Sources that the target database sees it compares itself, in the end.
-async fn chunks_left(admin: &Session, run: Uuid, id: i64) -> Result<(VecDeque<Chunk>, Plan)> {
+async fn chunks_left(admin: &Session, run: Uuid, id: i64, sample: f64) -> Result<(VecDeque<Chunk>, Plan)> {
     let doing = "listing the chunks to compare";
     let rows = admin
         .client
@@ -201,9 +237,10 @@ async fn chunks_left(admin: &Session, run: Uuid, id: i64) -> Result<(VecDeque<Ch
     }
     let whole = Plan::load(admin, run).await?;
     let done_chunks = whole.total_chunks - chunks.len() as u64;
+    let part = |bytes: u64| (bytes as f64 * sample) as u64;
     let plan = Plan {
-        total_bytes: whole.total_bytes.max(bytes),
-        done_bytes: whole.total_bytes.max(bytes) - bytes,
+        total_bytes: part(whole.total_bytes.max(bytes)),
+        done_bytes: part(whole.total_bytes.max(bytes) - bytes),
         total_chunks: whole.total_chunks,
         done_chunks,
         work: Work::Compare,
@@ -279,8 +316,19 @@ async fn compare_chunk(
     let table = pass.tables.get(&chunk.table_id).ok_or_else(|| {
         protocol_error(Side::Target, format!("chunk {} belongs to no table of the run", chunk.chunk_id))
     })?;
-    let snapshot = pass.source_snapshot.as_deref().filter(|_| chunk.range.kind == RangeKind::Ctid);
-    let read = read::read_chunk(source, table, &chunk.range, snapshot, &pass.counters, spent.take()).await?;
+    let keys = if pass.sampled { Some(sampled_keys(pass, chunk, target).await?) } else { None };
+    let extent = match (&keys, &pass.source_snapshot) {
+        // Nothing of it is in the sample.
+        (Some(None), _) => {
+            call(pass, chunk, target, &[]).await?;
+            pass.counters.compared(0, 0, 0);
+            return Ok(());
+        }
+        (Some(Some(keys)), _) => read::Extent::Keys(keys),
+        (None, Some(snapshot)) if chunk.range.kind == RangeKind::Ctid => read::Extent::AllUnder(snapshot),
+        (None, _) => read::Extent::All,
+    };
+    let read = read::read_chunk(source, table, &chunk.range, extent, &pass.counters, spent.take()).await?;
     failpoint::reach(Failpoint::Read).await;
     let records = read.batch.packed_records().map_err(|e| {
         Error::new(Side::Source, Kind::Protocol, format!("a record of the chunk: {e}")).because(e)
@@ -290,6 +338,17 @@ async fn compare_chunk(
     failpoint::reach(Failpoint::AfterCommit).await;
     *spent = Some(read.batch);
     Ok(())
+}
+
+/// The chunk's keys in the sample: of each key column an array of texts.
+async fn sampled_keys(pass: &Pass, chunk: &Chunk, target: &Session) -> Result<Option<Vec<String>>> {
+    let statement = target.prepared("SELECT dedup.sampled_keys($1::bigint, $2::text)").await?;
+    target
+        .client
+        .query_one(&statement, &[&pass.id, &chunk.chunk_id])
+        .await
+        .and_then(|row| row.try_get(0))
+        .at(Side::Target, "sampled_keys")
 }
 
 /// Whether the chunk was compared.
@@ -320,13 +379,16 @@ async fn call(pass: &Pass, chunk: &Chunk, target: &Session, records: &[u8]) -> R
     Ok(mismatches.unsigned_abs())
 }
 
-/// What is left when every chunk is compared: sources that the target database sees, the index, the verdict.
-async fn conclude(admin: &Session, id: i64) -> Result<()> {
-    for (doing, sql) in [
-        ("reconcile_local_chunks", "SELECT dedup.reconcile_local_chunks($1)"),
-        ("settle_reconcile", "SELECT dedup.settle_reconcile($1)"),
-        ("close_reconcile", "SELECT dedup.close_reconcile($1)"),
+/// What is left when every chunk is compared: sources that the target database sees, the index unless it was a sample, the verdict.
+async fn conclude(admin: &Session, id: i64, sampled: bool) -> Result<()> {
+    for (doing, sql, whole_only) in [
+        ("reconcile_local_chunks", "SELECT dedup.reconcile_local_chunks($1)", false),
+        ("settle_reconcile", "SELECT dedup.settle_reconcile($1)", true),
+        ("close_reconcile", "SELECT dedup.close_reconcile($1)", false),
     ] {
+        if whole_only && sampled {
+            continue;
+        }
         admin.client.execute(sql, &[&id]).await.at(Side::Target, doing)?;
     }
     Ok(())

@@ -40,7 +40,7 @@ pub async fn repair(job: &Job, wanted: &str, delete_extra: bool, stop: Stop) -> 
             tracing::warn!("interrupted; pg-dedup-migrate repair {} goes on with what is left", run.run_id);
             return Ok(130);
         }
-        let extent = Extent { strict, repaired: true };
+        let extent = Extent { sample: 1.0, strict, repaired: true };
         let Some(verdict) = reconcile::pass(job, &run.run_id.to_string(), extent, stop.clone()).await? else {
             return Ok(130);
         };

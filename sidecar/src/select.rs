@@ -3,8 +3,9 @@
 //! A cast stands only where the types differ. Casting to a shorter char, varchar or bit would truncate silently, so
 //! those values go over as they are and the target refuses what is too long: such records end in quarantine.
 
+use pg_dedup_record::sql::quote_ident;
+
 use crate::catalog::{Column, ColumnType, Family};
-use crate::names::quote_ident;
 
 /// The expression for a column that the source has, or a reason why there is none.
 pub fn column_expression(source: &Column, target: &Column) -> Result<String, String> {

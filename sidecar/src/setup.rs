@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use pg_dedup_record::Layout;
+use pg_dedup_record::sql::quote_ident;
 use serde_json::json;
 use uuid::Uuid;
 
@@ -13,7 +14,7 @@ use crate::cli::Verify;
 use crate::config::{DEFAULT_ERROR_BUDGET, Job, TableOptions};
 use crate::conn::{Endpoint, Role, Session, protocol_error};
 use crate::error::{At, Error, Kind, Result, Side};
-use crate::names::{TableName, quote_ident};
+use crate::names::TableName;
 use crate::plan::{self, PlannedChunk};
 use crate::runs;
 use crate::source::{self, SourceSpec};

@@ -1,12 +1,12 @@
 //! How one remote source table is read: the description kept in `run_tables.source_spec`, and the COPY of a chunk.
 
 use pg_dedup_record::layout::Layout;
+use pg_dedup_record::sql::{has_key_among, quote_ident, quote_literal};
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::{Relation, RelationKind};
 use crate::config::TableOptions;
 use crate::error::{Error, Result};
-use crate::names::{quote_ident, quote_literal};
 use crate::select;
 
 /// What sort of range a chunk is.
@@ -115,8 +115,11 @@ impl SourceSpec {
 
     /// The query of a chunk.
     pub fn query(&self, range: &Range) -> String {
+        self.select_where(&self.conditions(range))
+    }
+
+    fn select_where(&self, conditions: &[String]) -> String {
         let mut sql = format!("SELECT {} FROM {}", self.select.join(", "), self.relation);
-        let conditions = self.conditions(range);
         if !conditions.is_empty() {
             sql.push_str(" WHERE ");
             sql.push_str(&conditions.join(" AND "));
@@ -127,6 +130,13 @@ impl SourceSpec {
     /// The COPY of a chunk.
     pub fn copy_out(&self, range: &Range) -> String {
         format!("COPY ({}) TO STDOUT (FORMAT binary)", self.query(range))
+    }
+
+    /// The COPY of those records of a chunk that have one of these keys: of each key column an array of texts.
+    pub fn copy_out_keys(&self, range: &Range, layout: &Layout, keys: &[String]) -> String {
+        let mut conditions = self.conditions(range);
+        conditions.push(has_key_among(layout, &self.select, keys));
+        format!("COPY ({}) TO STDOUT (FORMAT binary)", self.select_where(&conditions))
     }
 
     /// The filter as a condition that can't reach past its parentheses or comment out what follows.

@@ -23,6 +23,8 @@ pub struct Verdict {
     pub reconciliation_id: i64,
     /// `clean`, `mismatch` or `abandoned`.
     pub verdict: String,
+    /// The fraction of contents that were looked at; 1: all.
+    pub sample: f64,
     /// The target's snapshot that it holds for.
     pub target_snapshot: Option<String>,
     /// Records and rows by what was found of them.
@@ -67,7 +69,7 @@ impl Verdict {
         let row = session
             .client
             .query_one(
-                "SELECT r.run_id, r.name, r.status, p.verdict, p.target_snapshot, \
+                "SELECT r.run_id, r.name, r.status, p.verdict, p.target_snapshot, p.sample, \
                      ARRAY[sum(k.source_count), sum(k.present_count), sum(k.duplicate_count), sum(k.quarantined_count), sum(k.missing_count), \
                          sum(k.changed_count), sum(k.extra_count), sum(k.surviving_duplicate_count), sum(k.foreign_count), \
                          sum(k.source_changed_count)]::int8[] \
@@ -77,7 +79,7 @@ impl Verdict {
             )
             .await
             .at(session.side, doing)?;
-        let counts: Vec<i64> = row.try_get(5).at(session.side, doing)?;
+        let counts: Vec<i64> = row.try_get(6).at(session.side, doing)?;
         let count = |index: usize| counts.get(index).copied().unwrap_or_default();
         let lines = session
             .client
@@ -103,6 +105,7 @@ impl Verdict {
             reconciliation_id: reconciliation,
             verdict: row.try_get(3).at(session.side, doing)?,
             target_snapshot: row.try_get(4).at(session.side, doing)?,
+            sample: row.try_get(5).at(session.side, doing)?,
             counts: Counts {
                 source: count(0),
                 present: count(1),
@@ -142,6 +145,13 @@ impl Verdict {
     pub fn text(&self) -> String {
         let counts = &self.counts;
         let mut text = match self.verdict.as_str() {
+            "clean" if self.sample < 1.0 => format!(
+                "run {} ({}): a sample is clean, {}\n{}",
+                self.run_id,
+                self.name,
+                self.status,
+                self.confidence()
+            ),
             "clean" => format!("run {} ({}): clean, {}\n", self.run_id, self.name, self.status),
             "mismatch" => format!("run {} ({}): MISMATCHES, {}\n", self.run_id, self.name, self.status),
             _ => format!(
@@ -179,6 +189,23 @@ impl Verdict {
         text
     }
 
+    /// What a clean sample says of the rest. Where at most n records were looked at and none differs, the part that does is below 3/n with a
+    /// confidence of 95 % (the rule of three).
+    fn confidence(&self) -> String {
+        let looked_at = self.counts.source;
+        if looked_at <= 3 {
+            return format!(
+                "  {} % of the contents: {looked_at} records, too few to say anything of the others\n",
+                self.sample * 100.0
+            );
+        }
+        format!(
+            "  {} % of the contents: with a confidence of 95 % fewer than 1 in {} of what was written or dropped differs\n",
+            self.sample * 100.0,
+            looked_at / 3
+        )
+    }
+
     /// Prints it on standard output.
     pub fn print(&self, json: bool) -> Result<()> {
         print(self, json, || self.text())
@@ -203,6 +230,7 @@ mod tests {
             reconciliation_id: 1,
             verdict: verdict.into(),
             target_snapshot: None,
+            sample: 1.0,
             divergences: if counts.missing > 0 { vec![divergence] } else { Vec::new() },
             counts,
         }
@@ -214,6 +242,16 @@ mod tests {
         assert_eq!(verdict("clean", Counts { quarantined: 1, ..Counts::default() }).exit_code(), 3);
         assert_eq!(verdict("mismatch", Counts::default()).exit_code(), 4);
         assert_eq!(verdict("abandoned", Counts::default()).exit_code(), 1);
+    }
+
+    #[test]
+    fn a_sample_says_how_much_it_is_worth() {
+        let sample =
+            |source| Verdict { sample: 0.01, ..verdict("clean", Counts { source, ..Counts::default() }) };
+        let text = sample(3000).text();
+        assert!(text.contains("a sample is clean") && text.contains("1 % of the contents"), "{text}");
+        assert!(text.contains("1 in 1000 "), "{text}");
+        assert!(sample(2).text().contains("too few"), "{text}");
     }
 
     #[test]

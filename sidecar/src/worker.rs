@@ -359,7 +359,7 @@ impl Worker {
             source,
             table,
             &lease.range,
-            lease.snapshot.as_deref(),
+            lease.snapshot.as_deref().map_or(read::Extent::All, read::Extent::AllUnder),
             &crew.counters,
             self.spent.take(),
         )

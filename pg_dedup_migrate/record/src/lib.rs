@@ -33,6 +33,7 @@
 //! | [`refusal`] | which errors lie in a record, and their names |
 //! | [`write_plan`] | finding the rows that a target refuses |
 //! | [`range`] | chunk boundaries from a sample |
+//! | [`sql`] | quoting, and the condition that finds rows by key |
 #![forbid(unsafe_code)]
 
 pub mod batch;
@@ -47,6 +48,7 @@ pub mod pgcopy;
 pub mod range;
 pub mod record;
 pub mod refusal;
+pub mod sql;
 pub mod wire;
 pub mod write_plan;
 

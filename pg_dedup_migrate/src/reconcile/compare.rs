@@ -1,6 +1,6 @@
 //! One chunk: its records against the target's rows.
 use std::cell::OnceCell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::CStr;
 
 use pg_dedup_record::checksum::Checksum;
@@ -25,12 +25,23 @@ use crate::sql::required;
 ///
 /// # Errors
 /// XX001 for damaged state, what reading the target raises.
-pub fn compare(chunk: &Chunk, records: &[RecordEntry<'_>]) -> Result<i64> {
+pub fn compare(chunk: &Chunk, mut records: Vec<RecordEntry<'_>>) -> Result<i64> {
     let snapshot = Snapshot::of_statement();
-    let mut comparison = Comparison::new(chunk, records);
+    if let Rows::Sampled(keys) = &chunk.rows {
+        // Equal keys may be spelled in several ways.
+        let is_drawn = |key: &[u8]| keys.binary_search_by(|drawn| drawn.as_slice().cmp(key)).is_ok();
+        records.retain(|record| record.key.is_some_and(is_drawn));
+    }
+    let mut comparison = Comparison::new(chunk, &records);
     match &chunk.rows {
         Rows::Range(range) => comparison.match_range(range)?,
-        Rows::Keys => comparison.match_keys()?,
+        Rows::Keys => {
+            let mut keys: Vec<&[u8]> = records.iter().filter_map(|record| record.key).collect();
+            keys.sort_unstable();
+            keys.dedup();
+            comparison.match_keys(&keys)?;
+        }
+        Rows::Sampled(keys) => comparison.match_keys(&keys.iter().map(Vec::as_slice).collect::<Vec<_>>())?,
         Rows::Contents => comparison.match_contents(&snapshot)?,
         Rows::None => {}
     }
@@ -101,7 +112,9 @@ impl<'a> Comparison<'a> {
             seen: Vec::new(),
             dropped: Vec::new(),
             sought: Vec::new(),
-            source_is_same: (records.len() as i64, sum) == chunk.read,
+            // A sample does not tell.
+            source_is_same: !matches!(chunk.rows, Rows::Sampled(_))
+                && (records.len() as i64, sum) == chunk.read,
             duplicates: 0,
             quarantined: 0,
             findings: Findings::default(),
@@ -158,20 +171,18 @@ impl<'a> Comparison<'a> {
         near.into_iter().find(|&at| self.records[at].key == Some(key))
     }
 
-    fn match_keys(&mut self) -> Result<()> {
+    fn match_keys(&mut self, keys: &[&[u8]]) -> Result<()> {
         let chunk = self.chunk;
-        let mut keys: Vec<&[u8]> = self.records.iter().filter_map(|record| record.key).collect();
-        keys.sort_unstable();
-        keys.dedup();
         let mut stored = Vec::new();
-        rows_under(Reading::Statement, chunk.table, &chunk.layout, &chunk.key_types, &keys, |n, row| {
+        rows_under(Reading::Statement, chunk.table, &chunk.layout, &chunk.key_types, keys, |n, row| {
             let digests = row.digests()?;
             stored.clear();
             row.write_key(&mut stored)?;
             self.seen.push(hash_of(&[&stored]));
             if self.matches(keys[n], &digests.row).is_none() {
+                let key_is_known = self.by_key.records(keys[n]).next().is_some();
                 let key = keys[n].to_vec();
-                self.strangers.push(Stranger { key, content: digests.content, key_is_known: true });
+                self.strangers.push(Stranger { key, content: digests.content, key_is_known });
             }
             Ok(())
         })
@@ -232,6 +243,9 @@ impl<'a> Comparison<'a> {
     /// the rows then.
     fn look_for_survivors(&mut self, snapshot: &Snapshot) -> Result<()> {
         let losers = self.fated(Fate::Dropped);
+        if matches!(self.chunk.rows, Rows::Sampled(_)) {
+            return self.look_for_rows_of(&losers, snapshot);
+        }
         let (digests, wanted) = distinct(losers.iter().map(|&i| self.records[i as usize].content));
         let present = lookup::present(self.chunk.target_id, &digests, &wanted, Leaving::default(), snapshot)?;
         let mut sought: Vec<LedgerEntry<'_>> = Vec::new();
@@ -247,6 +261,32 @@ impl<'a> Comparison<'a> {
             loser.encode(&mut self.sought).map_err(|e| Error::invalid(e.to_string()))?;
         }
         self.duplicates += losers.len() as i64;
+        Ok(())
+    }
+
+    /// A sampled pass settles nothing in the end: the rows that hold the contents are looked at here.
+    fn look_for_rows_of(&mut self, losers: &[u32], snapshot: &Snapshot) -> Result<()> {
+        let standing = self.standing(losers.iter().map(|&i| self.records[i as usize].content), snapshot)?;
+        let chunk = self.chunk;
+        let (keys, contents): (Vec<&[u8]>, Vec<&[u8; 32]>) = standing
+            .iter()
+            .flat_map(|(content, places)| places.iter().map(move |place| (place.key.as_slice(), content)))
+            .unzip();
+        let mut held: HashSet<[u8; 32]> = HashSet::new();
+        rows_under(Reading::Statement, chunk.table, &chunk.layout, &chunk.key_types, &keys, |n, row| {
+            if row.digests()?.content.as_bytes() == contents[n] {
+                held.insert(*contents[n]);
+            }
+            Ok(())
+        })?;
+        for &i in losers {
+            let record = &self.records[i as usize];
+            if held.contains(record.content.as_bytes()) {
+                self.duplicates += 1;
+            } else {
+                self.findings.add(Kind::Missing, self.named_key(record), record.content);
+            }
+        }
         Ok(())
     }
 

@@ -1,4 +1,5 @@
 //! Before images become rows again.
+use pg_dedup_record::sql::quote_ident;
 use pg_dedup_record::{BatchBuilder, pgcopy};
 use pgrx::JsonB;
 use pgrx::prelude::*;
@@ -9,7 +10,7 @@ use crate::copy::copy_in;
 use crate::error::{Error, Result};
 use crate::hash::layout::stored_layout;
 use crate::index::Target;
-use crate::keyset::{KeyTypes, column_list, qualified_name, quote_ident};
+use crate::keyset::{KeyTypes, column_list, qualified_name};
 use crate::planning::{ByIndex, ExactTexts};
 use crate::sql::{execute, required};
 use crate::upsert;

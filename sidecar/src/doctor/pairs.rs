@@ -127,7 +127,7 @@ async fn told(source: &Session, pair: &Pair, added: &Added, findings: &mut Findi
             ));
     }
     for (column, expression) in added.layout.columns.iter().zip(&added.spec.select) {
-        if *expression != crate::names::quote_ident(&column.name)
+        if *expression != pg_dedup_record::sql::quote_ident(&column.name)
             && !added.spec.transforms.contains_key(&column.name)
         {
             findings.add(Level::Note, table, format!("{} is read as {expression}", column.name));

@@ -17,6 +17,7 @@ mod reconcile;
 mod regressions;
 mod repair;
 mod rollback;
+mod sample;
 mod second_run;
 mod shapes;
 mod sql_source;

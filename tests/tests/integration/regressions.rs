@@ -482,16 +482,19 @@ async fn the_documented_grants_are_enough() {
             .await;
     }
     assert_eq!(pair.target.column("SELECT DISTINCT status FROM dedup.runs").await, ["done"]);
-    let reconcile = Invocation::new("reconcile").args(&[
-        "last",
-        "--source",
-        &url(&pair.source_cluster, "reader"),
-        "--target",
-        &url(&pair.target_cluster, "loader"),
-    ]);
-    reconcile.exits(exit::DONE).await;
+    let reconcile = || {
+        Invocation::new("reconcile").args(&[
+            "last",
+            "--source",
+            &url(&pair.source_cluster, "reader"),
+            "--target",
+            &url(&pair.target_cluster, "loader"),
+        ])
+    };
+    reconcile().args(&["--sample", "0.9"]).exits(exit::DONE).await;
+    reconcile().exits(exit::DONE).await;
     pair.target.exec("DELETE FROM x.orders WHERE id = 1").await;
-    reconcile.exits(exit::HALTED).await;
+    reconcile().exits(exit::HALTED).await;
     let target = url(&pair.target_cluster, "loader");
     let rollback = |run: &str| Invocation::new("rollback").args(&[run, "--yes", "--target", &target]);
     rollback("again").exits(exit::DONE).await;

@@ -318,7 +318,7 @@ async fn entries_without_a_row_are_taken_out() {
     let pair = local_items("int", 50).await;
     let db = &pair.target;
     let run = local(&pair, "one", "src").await;
-    db.exec(&format!("UPDATE public.items SET body = 'tampered' WHERE id = 3; UPDATE public.src SET body = 'new' WHERE id = 3; SELECT FROM dedup.reconcile('{run}', true); SELECT dedup.repair('{run}')")).await;
+    db.exec(&format!("UPDATE public.items SET body = 'tampered' WHERE id = 3; UPDATE public.src SET body = 'new' WHERE id = 3; SELECT FROM dedup.reconcile('{run}', strict => true); SELECT dedup.repair('{run}')")).await;
     assert_eq!(run_status(db, &run).await, "reconciled");
     assert_index(db).await;
     db.exec("INSERT INTO public.src VALUES (150, 'b3', 'late')").await;
@@ -367,18 +367,18 @@ async fn refused_records_fail_the_repair() {
     assert_eq!(db.one::<i64>("SELECT count(*) FROM public.items WHERE note = 'note'").await, 50);
 }
 
-/// Rows that point at rows of later chunks.
+/// Rows that point at rows of later chunks, which are many: a chunk is tried again and again before the last of them is there.
 #[tokio::test(flavor = "multi_thread")]
 async fn foreign_keys_are_waited_for() {
     let pair = Pair::start().await;
     let db = &pair.target;
     pair.both("CREATE TABLE public.nodes (id int PRIMARY KEY, next int REFERENCES public.nodes DEFERRABLE, body text)").await;
-    pair.source.exec("BEGIN; SET CONSTRAINTS ALL DEFERRED; INSERT INTO public.nodes SELECT n, CASE WHEN n < 400 THEN n + 1 END, 'body ' || n FROM generate_series(1, 400) AS n; COMMIT; ANALYZE public.nodes").await;
+    pair.source.exec("BEGIN; SET CONSTRAINTS ALL DEFERRED; INSERT INTO public.nodes SELECT n, CASE WHEN n < 1200 THEN n + 1 END, 'body ' || n FROM generate_series(1, 1200) AS n; COMMIT; ANALYZE public.nodes").await;
     pair.run(&["public.nodes"]).chunk_size("2kB").workers(2).exits(exit::DONE).await;
-    db.exec("DELETE FROM public.nodes WHERE id <= 300").await;
+    db.exec("DELETE FROM public.nodes WHERE id <= 1100").await;
     pair.reconcile().exits(exit::HALTED).await;
     pair.repair().workers(2).exits(exit::DONE).await;
-    assert_eq!(db.one::<i64>("SELECT count(*) FROM public.nodes").await, 400);
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM public.nodes").await, 1200);
     assert_eq!(db.one::<i64>("SELECT count(*) FROM dedup.quarantine").await, 0);
 }
 
@@ -465,7 +465,7 @@ async fn a_strict_and_a_plain_pass() {
     local(&pair, "one", "other").await;
     let run = local(&pair, "two", "src").await;
     db.exec(&format!(
-        "UPDATE public.src SET note = 'later' WHERE id = 99; SELECT FROM dedup.reconcile('{run}', true); SELECT FROM dedup.reconcile('{run}'); \
+        "UPDATE public.src SET note = 'later' WHERE id = 99; SELECT FROM dedup.reconcile('{run}', strict => true); SELECT FROM dedup.reconcile('{run}'); \
          DELETE FROM public.items WHERE id = 1000; SELECT dedup.repair('{run}')"
     ))
     .await;

@@ -1,0 +1,62 @@
+//! Pieces of SQL that both sides write.
+
+use crate::layout::Layout;
+
+/// Quotes an identifier, always: a quoted name can't turn into a keyword.
+pub fn quote_ident(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+/// Quotes a literal so that it means the same whatever `standard_conforming_strings` says.
+pub fn quote_literal(value: &str) -> String {
+    let quoted = value.replace('\'', "''");
+    if quoted.contains('\\') { format!("E'{}'", quoted.replace('\\', "\\\\")) } else { format!("'{quoted}'") }
+}
+
+/// A condition that holds for records under one of several keys. `select` has one expression a layout column, which yields the column's type;
+/// `arrays` has the values of each key column, one array a column in the text form of arrays.
+pub fn has_key_among(layout: &Layout, select: &[String], arrays: &[String]) -> String {
+    let names: Vec<String> = (1..=layout.key.len()).map(|i| format!("k{i}")).collect();
+    let columns: Vec<&str> = layout.key.iter().map(|&i| select[i].as_str()).collect();
+    let values: Vec<String> = std::iter::zip(&names, &layout.key)
+        .map(|(name, &i)| format!("k.{name}::{}", layout.columns[i].type_name))
+        .collect();
+    let sets: Vec<String> = arrays
+        .iter()
+        .map(|array| format!("pg_catalog.unnest({}::pg_catalog.text[])", quote_literal(array)))
+        .collect();
+    format!(
+        "({}) IN (SELECT {} FROM ROWS FROM ({}) AS k({}))",
+        columns.join(", "),
+        values.join(", "),
+        sets.join(", "),
+        names.join(", ")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_literals_cannot_end_early() {
+        assert_eq!(quote_ident(r#"a"b"#), r#""a""b""#);
+        assert_eq!(quote_literal("it's"), "'it''s'");
+        assert_eq!(quote_literal(r"a\'b"), r"E'a\\''b'");
+    }
+
+    #[test]
+    fn keys_are_compared_column_by_column() {
+        let layout: Layout = serde_json::from_value(serde_json::json!({
+            "columns": [{"name": "b", "type": "text"}, {"name": "x", "type": "date"}, {"name": "a", "type": "bigint"}],
+            "content": [1], "key": [2, 0], "rest": []
+        }))
+        .unwrap();
+        let select = ["lower(b)".to_owned(), "x".to_owned(), "\"a\"".to_owned()];
+        assert_eq!(
+            has_key_among(&layout, &select, &["{1,2}".into(), r#"{x,"o'k\"s"}"#.into()]),
+            "(\"a\", lower(b)) IN (SELECT k.k1::bigint, k.k2::text FROM ROWS FROM (pg_catalog.unnest('{1,2}'::pg_catalog.text[]), \
+             pg_catalog.unnest(E'{x,\"o''k\\\\\"s\"}'::pg_catalog.text[])) AS k(k1, k2))"
+        );
+    }
+}
