@@ -40,6 +40,7 @@ mod planning;
 mod protocol;
 mod reconcile;
 mod references;
+mod rehearsal;
 mod relation;
 mod repair;
 mod rollback;

@@ -16,6 +16,15 @@ use crate::segment::{self, BlockReader, Segment};
 /// Sorted distinct digests, packed.
 pub type Digests<'a> = &'a [[u8; 32]];
 
+/// Digests as a look-up takes them: sorted, each once, all of them wanted.
+pub fn distinct(contents: impl Iterator<Item = Digest>) -> (Vec<[u8; 32]>, Vec<u32>) {
+    let mut digests: Vec<[u8; 32]> = contents.map(|digest| digest.0).collect();
+    digests.sort_unstable();
+    digests.dedup();
+    let wanted = (0..digests.len() as u32).collect();
+    (digests, wanted)
+}
+
 /// Where a digest stands, or stood.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {

@@ -1,6 +1,7 @@
 //! The command line. A TOML file can say the same ([`crate::config`]); flags win.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
@@ -128,6 +129,18 @@ pub struct RunArgs {
     /// Take the rows that stand in a target as not there: don't hash them before the first chunk
     #[arg(long)]
     pub no_index_existing: bool,
+    /// Run into this database instead, whose tables are like the target's: to see what comes of content columns, filters and transforms
+    #[arg(long, value_name = "URL", conflicts_with_all = ["resume", "dry_run"])]
+    pub staging: Option<String>,
+    /// Write nothing: read the source, try every record, and say what the run would do, take and refuse
+    #[arg(long, conflicts_with = "resume")]
+    pub dry_run: bool,
+    /// Of a dry run: read this fraction of the chunks only (0.05: one in twenty)
+    #[arg(long, value_name = "FRACTION", default_value_t = 1.0, value_parser = fraction, requires = "dry_run")]
+    pub sample: f64,
+    /// Of a dry run: how long the run may take ("24h", "90min"); says whether it would
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, requires = "dry_run")]
+    pub deadline: Option<Duration>,
 }
 
 /// Flags of `work`.

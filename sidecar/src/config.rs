@@ -55,6 +55,8 @@ pub struct Job {
     pub source: String,
     /// Connection string of the target.
     pub target: String,
+    /// The target that this one stands for, in a run into a staging database.
+    pub stands_for: Option<String>,
     /// Tables named one by one: source, target.
     pub tables: Vec<(TableName, TableName)>,
     /// Source schemas taken whole.
@@ -94,6 +96,9 @@ impl Job {
         let mut job = file.into_job()?;
         job.apply_tables(&args.tables)?;
         job.json = args.file.json;
+        if let Some(staging) = &args.staging {
+            job.stands_for = Some(std::mem::replace(&mut job.target, staging.clone()));
+        }
         if args.resume.is_none() && job.tables.is_empty() && job.schemas.is_empty() {
             return Err(Error::usage("no tables to migrate").hint("use --table or --schema"));
         }

@@ -34,6 +34,7 @@ use tracing_subscriber::EnvFilter;
 use crate::cli::{Cli, Command};
 use crate::config::Job;
 use crate::error::Result;
+use crate::rehearsal::Rehearsal;
 use crate::stop::Stop;
 
 mod catalog;
@@ -53,6 +54,7 @@ mod progress;
 mod protocol;
 mod read;
 mod reconcile;
+mod rehearsal;
 mod repair;
 mod resume;
 mod retry;
@@ -62,6 +64,7 @@ mod runs;
 mod select;
 mod setup;
 mod source;
+mod staging;
 mod status;
 mod stop;
 mod summary;
@@ -93,6 +96,10 @@ async fn main() -> ExitCode {
 
 async fn command(command: &Command) -> Result<u8> {
     match command {
+        Command::Run(args) if args.dry_run => {
+            let rehearsal = Rehearsal { sample: args.sample, deadline: args.deadline };
+            rehearsal::rehearse(&Job::of_run(args)?, rehearsal, Stop::listen()?).await
+        }
         Command::Run(args) => run::run(&Job::of_run(args)?, args.resume.as_deref(), Stop::listen()?).await,
         Command::Work(args) => run::work(&Job::of_work(args)?, &args.run, Stop::listen()?).await,
         Command::Reconcile(args) => {

@@ -37,7 +37,7 @@ pub async fn resume(
         }
     }
     let tables = tables::load(target, run.run_id).await?;
-    let identity = runs::source_identity(source).await?;
+    let identity = runs::identity(source).await?;
     let before = run.settings.get("source").and_then(|source| source.as_str()).unwrap_or(&identity);
     let mut differences = Vec::new();
     if before != identity {

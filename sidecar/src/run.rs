@@ -18,7 +18,7 @@ use crate::stop::Stop;
 use crate::summary::Summary;
 use crate::tables::{self, TableWork};
 use crate::worker::{self, Crew};
-use crate::{resume, setup};
+use crate::{resume, setup, staging};
 
 /// Both ends of a job and a session on the target for the process's own questions.
 pub struct Ends {
@@ -57,6 +57,9 @@ pub async fn run(job: &Job, resume: Option<&str>, stop: Stop) -> Result<u8> {
     // Whatever keeps a snapshot has to live until the last chunk is read.
     let (run_id, _snapshot_keeper) = match resume {
         None => {
+            if let Some(target) = &job.stands_for {
+                staging::check(job, target, &source, &ends).await?;
+            }
             let created = setup::create(job, &ends.source, &source, &ends.admin).await?;
             (created.run_id, created.snapshot_keeper)
         }

@@ -66,7 +66,7 @@ pub async fn find(session: &Session, wanted: &str) -> Result<Run> {
 
 /// Refuses another source than the run was planned on.
 pub async fn check_source(source: &Session, run: &Run) -> Result<()> {
-    let identity = source_identity(source).await?;
+    let identity = identity(source).await?;
     match run.settings.get("source").and_then(|source| source.as_str()) {
         Some(planned) if planned != identity => Err(Error::refused("this is another source than the run's")
             .detail(format!("the run's is {planned}, this one is {identity}"))),
@@ -119,15 +119,15 @@ fn compatible(theirs: &str, ours: &str) -> bool {
     series(theirs) == series(ours)
 }
 
-/// What tells one source from another: the cluster's system identifier, where it may be asked for, and the database.
-pub async fn source_identity(source: &Session) -> Result<String> {
-    let database: String = source
+/// What tells one database from another: the cluster's system identifier, where it may be asked for, and the name.
+pub async fn identity(session: &Session) -> Result<String> {
+    let database: String = session
         .client
         .query_one("SELECT pg_catalog.current_database()::text", &[])
         .await
         .and_then(|row| row.try_get(0))
-        .at(Side::Source, "asking for the database")?;
-    let system = source
+        .at(session.side, "asking for the database")?;
+    let system = session
         .client
         .query_one("SELECT system_identifier::text FROM pg_catalog.pg_control_system()", &[])
         .await

@@ -37,6 +37,16 @@ pub struct Pair {
     pub options: TableOptions,
 }
 
+/// A run as it would be created.
+pub struct Planned {
+    /// Its id, if it is kept.
+    pub run_id: Uuid,
+    /// Its pairs and their chunks.
+    pub tables: Vec<(Added, Vec<PlannedChunk>)>,
+    /// Keeps the snapshot that tables without a key are read under.
+    pub snapshot_keeper: Option<Session>,
+}
+
 /// A pair of the run, ready to be planned.
 #[derive(Clone)]
 pub struct Added {
@@ -44,6 +54,8 @@ pub struct Added {
     pub table_id: i32,
     /// The source.
     pub source: Relation,
+    /// The target.
+    pub target: Relation,
     /// How it is read.
     pub spec: SourceSpec,
     /// Columns and their roles.
@@ -62,9 +74,9 @@ pub async fn create(
     let pairs = pairs(job, source, target).await?;
     target.client.batch_execute("BEGIN").await.at(Side::Target, "begin")?;
     match create_in_transaction(job, endpoint, source, target, &pairs).await {
-        Ok(created) => {
+        Ok(planned) => {
             target.client.batch_execute("COMMIT").await.at(Side::Target, "creating the run")?;
-            Ok(created)
+            Ok(Created { run_id: planned.run_id, snapshot_keeper: planned.snapshot_keeper })
         }
         Err(error) => {
             // Best effort: a lost connection has no transaction to take back.
@@ -74,19 +86,38 @@ pub async fn create(
     }
 }
 
+/// Plans a run as [`create`] would, every check of both sides included, and leaves nothing of it.
+pub async fn plan_only(
+    job: &Job,
+    endpoint: &Arc<Endpoint>,
+    source: &Session,
+    target: &Session,
+) -> Result<Planned> {
+    let pairs = pairs(job, source, target).await?;
+    target.client.batch_execute("BEGIN").await.at(Side::Target, "begin")?;
+    let planned = create_in_transaction(job, endpoint, source, target, &pairs).await;
+    let taken_back = target.client.batch_execute("ROLLBACK").await;
+    let planned = planned?;
+    taken_back.at(Side::Target, "taking the plan back")?;
+    Ok(planned)
+}
+
 async fn create_in_transaction(
     job: &Job,
     endpoint: &Arc<Endpoint>,
     source: &Session,
     target: &Session,
     pairs: &[Pair],
-) -> Result<Created> {
-    let name = job.name.clone().unwrap_or_else(|| endpoint.database().to_owned());
+) -> Result<Planned> {
+    let name = job.name.clone().unwrap_or_else(|| match job.stands_for {
+        None => endpoint.database().to_owned(),
+        Some(_) => format!("{} (staging)", endpoint.database()),
+    });
     let mut options = json!({
         "verify": job.verify.unwrap_or_default(),
         "sidecar_version": env!("CARGO_PKG_VERSION"),
         "settings": {
-            "source": runs::source_identity(source).await?,
+            "source": runs::identity(source).await?,
             "chunk_bytes": job.chunk_bytes,
             "error_budget": job.error_budget.unwrap_or(DEFAULT_ERROR_BUDGET),
             "index_existing": job.index_existing,
@@ -119,16 +150,18 @@ async fn create_in_transaction(
     for pair in &added {
         set_source_spec(target, run_id, pair.table_id, &pair.spec).await?;
     }
-    let plans = plan_all(job, endpoint, &added, snapshot_keeper.as_ref()).await?;
-    for pair in &added {
+    let mut plans = plan_all(job, endpoint, &added, snapshot_keeper.as_ref()).await?;
+    let mut tables = Vec::with_capacity(added.len());
+    for pair in added {
         let chunks = plans
-            .get(&pair.table_id)
+            .remove(&pair.table_id)
             .ok_or_else(|| Error::here(Kind::Protocol, format!("{} was not planned", pair.source.name)))?;
-        add_chunks(target, run_id, pair.table_id, chunks).await?;
+        add_chunks(target, run_id, pair.table_id, &chunks).await?;
         let bytes: u64 = chunks.iter().map(|chunk| chunk.bytes).sum();
         tracing::info!("{}: {} chunks, about {:.1} MB", pair.source.name, chunks.len(), bytes as f64 / 1e6);
+        tables.push((pair, chunks));
     }
-    Ok(Created { run_id, snapshot_keeper })
+    Ok(Planned { run_id, tables, snapshot_keeper })
 }
 
 /// The pairs that a job names, with their catalogs.
@@ -223,7 +256,14 @@ pub async fn add_table(source: &Session, target: &Session, run: Uuid, pair: &Pai
     layout.validate().map_err(|e| protocol_error(Side::Target, format!("unusable layout: {e}")))?;
     spec = spec.complete(&pair.source, &pair.target, &layout)?;
     check_query(source, &pair.source.name, &spec, &layout).await?;
-    Ok(Added { table_id, source: pair.source.clone(), spec, layout, content_rule: rule })
+    Ok(Added {
+        table_id,
+        source: pair.source.clone(),
+        target: pair.target.clone(),
+        spec,
+        layout,
+        content_rule: rule,
+    })
 }
 
 /// Whether the target's key is a surrogate in the source, and whether a foreign key points at it there.

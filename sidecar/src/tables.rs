@@ -8,6 +8,7 @@ use uuid::Uuid;
 use crate::conn::{Session, protocol_error};
 use crate::error::{At, Error, Result};
 use crate::names::{TableName, quote_idents};
+use crate::setup::Added;
 use crate::source::SourceSpec;
 
 /// One source and target pair.
@@ -30,6 +31,19 @@ pub struct TableWork {
 }
 
 impl TableWork {
+    /// A pair whose rows go into `into`, whose name is quoted already.
+    pub fn into_table(pair: &Added, into: &str) -> TableWork {
+        TableWork {
+            table_id: pair.table_id,
+            source: pair.source.name.to_string(),
+            copy_in: copy_into(&pair.layout, into),
+            target: pair.target.name.clone(),
+            spec: pair.spec.clone(),
+            layout: pair.layout.clone(),
+            keyless: pair.layout.key.is_empty(),
+        }
+    }
+
     /// The COPY of rows in layout order into a table, whose name is quoted already.
     pub fn copy_into(&self, table: &str) -> String {
         copy_into(&self.layout, table)

@@ -502,7 +502,8 @@ async fn warm(target: &Session) {
 }
 
 /// Waits until one more may read, or write.
-async fn take_turn(turns: &Semaphore) -> Result<SemaphorePermit<'_>> {
+/// Waits until one of so many may go on.
+pub async fn take_turn(turns: &Semaphore) -> Result<SemaphorePermit<'_>> {
     turns.acquire().await.map_err(|_| Error::here(Kind::Interrupted, "interrupted"))
 }
 

@@ -190,7 +190,7 @@ impl<'a> Comparison<'a> {
 
     /// Without keys: a content that the index has counts as present, and the index is compared with the rows in the end.
     fn match_contents(&mut self, snapshot: &Snapshot) -> Result<()> {
-        let (digests, wanted) = distinct(self.records.iter().map(|record| record.content));
+        let (digests, wanted) = lookup::distinct(self.records.iter().map(|record| record.content));
         let present = lookup::present(self.chunk.target_id, &digests, &wanted, Leaving::default(), snapshot)?;
         let mut taken = vec![false; digests.len()];
         for (i, record) in self.records.iter().enumerate() {
@@ -246,7 +246,7 @@ impl<'a> Comparison<'a> {
         if matches!(self.chunk.rows, Rows::Sampled(_)) {
             return self.look_for_rows_of(&losers, snapshot);
         }
-        let (digests, wanted) = distinct(losers.iter().map(|&i| self.records[i as usize].content));
+        let (digests, wanted) = lookup::distinct(losers.iter().map(|&i| self.records[i as usize].content));
         let present = lookup::present(self.chunk.target_id, &digests, &wanted, Leaving::default(), snapshot)?;
         let mut sought: Vec<LedgerEntry<'_>> = Vec::new();
         for &i in &losers {
@@ -442,7 +442,7 @@ impl<'a> Comparison<'a> {
         contents: impl Iterator<Item = Digest>,
         snapshot: &Snapshot,
     ) -> Result<BTreeMap<[u8; 32], Vec<Place>>> {
-        let (digests, wanted) = distinct(contents);
+        let (digests, wanted) = lookup::distinct(contents);
         let places = lookup::places(self.chunk.target_id, &digests, &wanted, snapshot)?;
         Ok(places.into_iter().map(|(i, places)| (digests[i as usize], places)).collect())
     }
@@ -498,15 +498,6 @@ impl<'a> Comparison<'a> {
         )?;
         Ok(self.findings.mismatches(chunk.strict))
     }
-}
-
-/// Digests as a look-up takes them: sorted, each once, all of them wanted.
-fn distinct(contents: impl Iterator<Item = Digest>) -> (Vec<[u8; 32]>, Vec<u32>) {
-    let mut digests: Vec<[u8; 32]> = contents.map(|digest| digest.0).collect();
-    digests.sort_unstable();
-    digests.dedup();
-    let wanted = (0..digests.len() as u32).collect();
-    (digests, wanted)
 }
 
 /// The snapshot of the statement that is being executed, as `pg_current_snapshot()` has it.

@@ -15,6 +15,7 @@ mod protocol;
 mod quarantine;
 mod reconcile;
 mod regressions;
+mod rehearsal;
 mod repair;
 mod rollback;
 mod sample;
