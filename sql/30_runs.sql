@@ -459,12 +459,13 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION dedup.add_chunks(uuid, int, jsonb) IS 'adds the chunks that a worker planned for a remote source';
 
-CREATE FUNCTION dedup.run_state(run uuid) RETURNS text
+CREATE FUNCTION dedup.run_state(run uuid, local bool DEFAULT NULL) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT CASE WHEN EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.status IN ('pending', 'syncing') AND c.written_at IS NULL)
+    SELECT CASE WHEN EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.status IN ('pending', 'syncing') AND c.written_at IS NULL
+                                 AND (local IS NULL OR EXISTS (SELECT FROM dedup.run_tables AS t WHERE t.run_id = run AND t.table_id = c.table_id AND coalesce(t.source_spec ? 'local', false) = local)))
                 THEN 'open' ELSE 'finished' END
 $$;
-COMMENT ON FUNCTION dedup.run_state(uuid) IS 'open while a chunk is left to do, else finished';
+COMMENT ON FUNCTION dedup.run_state(uuid, bool) IS 'open while a chunk is left to do, else finished; local: of sources that this database sees itself, or of those that workers read';
 
 -- Rows are taken out of a table by one rollback at a time, and nothing is written there meanwhile.
 CREATE FUNCTION dedup.run_rolling_back(target_number int) RETURNS uuid

@@ -211,7 +211,7 @@ BEGIN
     COMMIT;
     LOOP
         FOR chunk IN SELECT c.chunk_id FROM dedup.checkpoints AS c JOIN dedup.run_tables AS t USING (run_id, table_id)
-                     WHERE c.run_id OPERATOR(pg_catalog.=) run AND c.status OPERATOR(pg_catalog.=) 'pending'
+                     WHERE c.run_id OPERATOR(pg_catalog.=) run AND c.status OPERATOR(pg_catalog.=) 'pending' AND t.source_spec OPERATOR(pg_catalog.?) 'local'
                      ORDER BY pg_catalog.cardinality(t.depends_on), c.chunk_no
         LOOP
             attempt := 0;
@@ -262,7 +262,8 @@ BEGIN
         -- the first has opened, only the next one sees.
         state := dedup.complete_run(run);
         EXIT WHEN state OPERATOR(pg_catalog.<>) 'running';
-        EXIT WHEN NOT EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id OPERATOR(pg_catalog.=) run AND c.status OPERATOR(pg_catalog.=) 'pending');
+        EXIT WHEN NOT EXISTS (SELECT FROM dedup.checkpoints AS c JOIN dedup.run_tables AS t USING (run_id, table_id)
+            WHERE c.run_id OPERATOR(pg_catalog.=) run AND c.status OPERATOR(pg_catalog.=) 'pending' AND t.source_spec OPERATOR(pg_catalog.?) 'local');
         COMMIT;
     END LOOP;
     COMMIT;

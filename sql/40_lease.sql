@@ -89,8 +89,8 @@ BEGIN
         RETURN;
     END IF;
     PERFORM dedup.end_stale_leases(run);
-    -- Tables whose parents are written (a repair also deletes, children first) and that nobody takes rows out of, once a lease and not once a chunk; a scalar look-up a parent, so that an index answers it.
-    ready := ARRAY(SELECT t.table_id FROM dedup.run_tables AS t WHERE t.run_id = run AND dedup.run_rolling_back(t.target_id) IS NULL AND (r.status = 'halted' OR NOT EXISTS (SELECT FROM unnest(t.depends_on) AS p(id)
+    -- Of sources that the worker reads: tables whose parents are written (a repair also deletes, children first) and that nobody takes rows out of, once a lease and not once a chunk; a scalar look-up a parent, so that an index answers it.
+    ready := ARRAY(SELECT t.table_id FROM dedup.run_tables AS t WHERE t.run_id = run AND NOT coalesce(t.source_spec ? 'local', false) AND dedup.run_rolling_back(t.target_id) IS NULL AND (r.status = 'halted' OR NOT EXISTS (SELECT FROM unnest(t.depends_on) AS p(id)
         WHERE (SELECT true FROM dedup.checkpoints AS parent WHERE parent.run_id = run AND parent.table_id = p.id
                AND parent.status IN ('pending', 'syncing') AND parent.written_at IS NULL LIMIT 1))));
     SELECT c.* INTO picked FROM dedup.checkpoints AS c

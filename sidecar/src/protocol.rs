@@ -104,9 +104,26 @@ pub async fn fail_chunk(session: &Session, run: Uuid, lease: &Lease, error: &Err
     .await
 }
 
-/// `open` while a chunk is left to do, else `finished`.
-pub async fn run_state(session: &Session, run: Uuid) -> Result<String> {
-    call(session, "run_state", "SELECT dedup.run_state($1::uuid)", &[&run]).await
+/// Whose chunks are asked about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Whose {
+    /// Everybody's.
+    All,
+    /// Those of sources that workers read.
+    Workers,
+    /// Those of sources that the target database reads itself.
+    Database,
+}
+
+/// Whether a chunk is left to do.
+pub async fn is_open(session: &Session, run: Uuid, whose: Whose) -> Result<bool> {
+    let local = match whose {
+        Whose::All => None,
+        Whose::Workers => Some(false),
+        Whose::Database => Some(true),
+    };
+    let sql = "SELECT dedup.run_state($1::uuid, $2::bool) = 'open'";
+    call(session, "run_state", sql, &[&run, &local]).await
 }
 
 /// Merges a full level of the table's hash index, if there is one: look-ups of later chunks then touch fewer segments.

@@ -10,7 +10,7 @@ use crate::config::Job;
 use crate::conn::Session;
 use crate::error::{At, Error, Result, Side};
 use crate::finish;
-use crate::protocol;
+use crate::protocol::{self, Whose};
 use crate::reconcile::{self, Extent};
 use crate::resume;
 use crate::run::{self, Ends};
@@ -118,7 +118,7 @@ async fn rewrite(job: &Job, ends: &mut Ends, run: &Run, stop: &Stop) -> Result<(
             }
             stuck = usize::MAX;
             refused = finish::retry_foreign_keys(&ends.admin, run.run_id, refused).await?;
-            if protocol::run_state(&ends.admin, run.run_id).await? != "open" {
+            if !protocol::is_open(&ends.admin, run.run_id, Whose::All).await? {
                 break;
             }
         }

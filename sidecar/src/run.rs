@@ -13,6 +13,7 @@ use crate::error::{At, Error, Kind, Result, Side};
 use crate::finish;
 use crate::names::TableName;
 use crate::progress::{Counters, Plan, Progress};
+use crate::protocol::{Whose, is_open};
 use crate::runs::{self, Run};
 use crate::stop::Stop;
 use crate::summary::Summary;
@@ -91,10 +92,22 @@ pub async fn run(job: &Job, resume: Option<&str>, stop: Stop) -> Result<u8> {
         return Ok(130);
     }
     let left = summary.chunks - summary.verified - summary.failed;
-    if left > 0 && summary.status == "running" {
+    if left > 0 && summary.status == "running" && !warn_of_local(&ends.admin, run_id).await? {
         tracing::warn!("{left} chunks are not verified yet; pg-dedup-migrate run --resume {run_id} goes on");
     }
     Ok(summary.exit_code())
+}
+
+/// What is said where workers are done and the target database is not.
+pub const LEFT_TO_THE_DATABASE: &str = "the run has chunks that the target database reads itself";
+
+/// Says whether and how the target database has to go on with the run.
+async fn warn_of_local(admin: &Session, run: Uuid) -> Result<bool> {
+    let left = is_open(admin, run, Whose::Database).await?;
+    if left {
+        tracing::warn!("{LEFT_TO_THE_DATABASE}: CALL dedup.migrate_run('{run}')");
+    }
+    Ok(left)
 }
 
 /// Joins a run from here.
@@ -115,6 +128,7 @@ pub async fn work(job: &Job, wanted: &str, stop: Stop) -> Result<u8> {
     if stop.finishing() {
         return Ok(130);
     }
+    warn_of_local(&ends.admin, run.run_id).await?;
     // Others may still be at it: then this process has done its part, and whoever ends the run tells how it ended.
     Ok(if matches!(summary.status.as_str(), "created" | "running" | "paused") {
         0
@@ -166,11 +180,13 @@ async fn work_to_the_end(job: &Job, ends: &mut Ends, run: &Run, stop: &Stop) -> 
         if stop.finishing() {
             return Ok(());
         }
-        if !open(&ends.admin, run.run_id).await? {
+        if !is_open(&ends.admin, run.run_id, Whose::Workers).await? {
             unreferenced = finish::retry_foreign_keys(&ends.admin, run.run_id, unreferenced).await?;
-            if open(&ends.admin, run.run_id).await? {
+            if is_open(&ends.admin, run.run_id, Whose::Workers).await? {
                 continue;
             }
+        }
+        if !is_open(&ends.admin, run.run_id, Whose::All).await? {
             finish::verify_written(&ends.admin, run.run_id, stop).await?;
             if stop.finishing() {
                 return Ok(());
@@ -179,15 +195,11 @@ async fn work_to_the_end(job: &Job, ends: &mut Ends, run: &Run, stop: &Stop) -> 
         finish::advance_sequences(&ends.admin, &targets).await?;
         match finish::complete(&ends.admin, run.run_id).await?.as_str() {
             // The orphan pass reopened chunks.
-            "running" if open(&ends.admin, run.run_id).await? => {}
+            "running" if is_open(&ends.admin, run.run_id, Whose::Workers).await? => {}
             "done" => return finish::vacuum_analyze(&ends.target, &targets, usize::from(job.workers)).await,
             _ => return Ok(()),
         }
     }
-}
-
-async fn open(admin: &Session, run: Uuid) -> Result<bool> {
-    Ok(crate::protocol::run_state(admin, run).await? == "open")
 }
 
 /// Works on chunks until none is left; those of a halted run are repaired.

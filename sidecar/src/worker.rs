@@ -18,8 +18,9 @@ use crate::finish;
 use crate::heartbeat::{Heartbeat, Identities, RunStatus};
 use crate::names::TableName;
 use crate::progress::Counters;
-use crate::protocol::{self, Lease};
+use crate::protocol::{self, Lease, Whose};
 use crate::read;
+use crate::run::LEFT_TO_THE_DATABASE;
 use crate::stop::Stop;
 use crate::tables::TableWork;
 
@@ -84,6 +85,12 @@ impl Crew {
                 silent.silent,
                 silent.left.ceil()
             ),
+            Ok(None) if matches!(protocol::is_open(target, self.run, Whose::Database).await, Ok(true)) => {
+                tracing::info!(
+                    "{LEFT_TO_THE_DATABASE}, and tables here may have to wait for them: CALL dedup.migrate_run('{}')",
+                    self.run
+                )
+            }
             // Nothing to tell yet: soon there may be.
             Ok(None) => *lock(&self.told_waiting) = None,
             Err(error) => tracing::debug!("{error}"),
@@ -283,9 +290,9 @@ impl Worker {
         };
         let Some(lease) = lease else {
             let Some(target) = &self.target else { return Ok(Turn::Idle) };
-            return match protocol::run_state(target, self.crew.run).await {
-                Ok(state) if state == "finished" => Ok(Turn::Finished),
-                Ok(_) => {
+            return match protocol::is_open(target, self.crew.run, Whose::Workers).await {
+                Ok(false) => Ok(Turn::Finished),
+                Ok(true) => {
                     self.crew.tell_waiting(target).await;
                     Ok(Turn::Idle)
                 }

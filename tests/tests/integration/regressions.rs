@@ -108,33 +108,55 @@ async fn stored_sql_is_the_owners_alone() {
     assert_eq!(db.one::<i64>("SELECT count(*) FROM dst").await, 1);
 }
 
+/// A run of sources that workers read and sources that the target database reads itself: each leaves the other's alone, and whoever is last ends it.
 #[tokio::test(flavor = "multi_thread")]
-async fn migrate_run_leaves_a_workers_chunk_alone() {
+async fn workers_and_the_database_share_a_run() {
     let pair = Pair::start().await;
     let db = &pair.target;
-    db.exec(
-        "CREATE TABLE raw (id int PRIMARY KEY, body text); INSERT INTO raw SELECT n, 'body ' || n FROM generate_series(1, 400) AS n; \
-         CREATE TABLE dst (id int PRIMARY KEY, body text); \
-         CREATE FUNCTION gate() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_advisory_xact_lock_shared(7); RETURN NULL; END'; \
-         CREATE TRIGGER gate BEFORE INSERT ON dst FOR EACH STATEMENT EXECUTE FUNCTION gate()",
-    )
-    .await;
-    let run = plan(db, "raw", "dst", "{}").await;
-    db.exec("SELECT pg_advisory_lock(7)").await;
-    let session = pair.target_again().await;
-    let call = format!("CALL dedup.migrate_run('{run}')");
-    let running = tokio::spawn(async move { session.exec(&call).await });
-    db.wait_until("EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND objid = 7 AND NOT granted)")
+    pair.both("CREATE TABLE public.far (id int PRIMARY KEY, body text)").await;
+    pair.source.exec("INSERT INTO public.far SELECT n, 'far ' || n FROM generate_series(1, 100) AS n").await;
+    db.exec("CREATE TABLE near (id int PRIMARY KEY, body text); INSERT INTO near SELECT n, 'near ' || n FROM generate_series(1, 100) AS n").await;
+    pair.run(&["public.far"]).args(&["--name", "first"]).exits(exit::DONE).await;
+    for workers_first in [true, false] {
+        let (near, far) = if workers_first { ("near_1", "far_1") } else { ("near_2", "far_2") };
+        db.exec(&format!(
+            "CREATE TABLE {near} (LIKE near INCLUDING ALL); CREATE TABLE {far} (LIKE far INCLUDING ALL)"
+        ))
         .await;
-    let worker = pair.target_again().await;
-    let taken: String =
-        worker.one(&format!("SELECT chunk_id FROM dedup.lease_chunk('{run}', gen_random_uuid())")).await;
-    db.exec("SELECT pg_advisory_unlock(7)").await;
-    running.await.expect("the session's task");
-    let state = "SELECT chunk_id FROM dedup.checkpoints WHERE status <> 'verified'";
-    assert_eq!(db.column(state).await, std::slice::from_ref(&taken));
-    let status = format!("SELECT status FROM dedup.checkpoints WHERE chunk_id = '{taken}'");
-    assert_eq!(db.one::<String>(&status).await, "syncing");
+        let run: String = db
+            .one("SELECT dedup.create_run('mixed', options)::text FROM dedup.runs WHERE name = 'first'")
+            .await;
+        db.exec(&format!(
+            "SELECT dedup.add_table('{run}', 'public.near', '{near}'), dedup.add_table('{run}', 'public.far', '{far}', options => '{{\"source\": {{}}}}'); \
+             SELECT dedup.set_source_spec('{run}', 2, t.source_spec) FROM dedup.run_tables AS t JOIN dedup.runs USING (run_id) WHERE name = 'first'; \
+             SELECT dedup.add_chunks('{run}', 2, '[{{\"kind\": \"key\"}}]'), dedup.plan_chunks('{run}')"
+        ))
+        .await;
+        let count = async |table: &str| db.one::<i64>(&format!("SELECT count(*) FROM {table}")).await;
+        let work = || pair.sidecar("work").arg(run.as_str());
+        let call = format!("CALL dedup.migrate_run('{run}')");
+        if workers_first {
+            work().exits(exit::DONE).await.says(&call);
+            assert_eq!((count(near).await, count(far).await), (0, 100));
+            db.exec(&call).await;
+        } else {
+            db.exec(&call).await;
+            assert_eq!((count(near).await, count(far).await), (100, 0));
+            work().exits(exit::DONE).await;
+        }
+        assert_eq!((count(near).await, count(far).await), (100, 100));
+        assert_eq!(
+            db.one::<String>(&format!("SELECT status FROM dedup.runs WHERE run_id = '{run}'")).await,
+            "done"
+        );
+        assert_eq!(
+            db.one::<i64>(&format!(
+                "SELECT count(*) FROM dedup.checkpoints WHERE run_id = '{run}' AND attempts > 1"
+            ))
+            .await,
+            0
+        );
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -263,6 +285,7 @@ async fn a_lease_does_not_look_at_every_chunk() {
         ))
         .await;
     }
+    as_workers_read_it(db, &run).await;
     // What the statements before have looked at is counted elsewhere from here on.
     db.exec("SELECT pg_stat_force_next_flush()").await;
     db.exec(&format!(
@@ -278,6 +301,14 @@ async fn a_lease_does_not_look_at_every_chunk() {
     assert!(looked_at < 20 * 100, "20 leases looked at {looked_at} of 100,000 checkpoints");
 }
 
+/// Makes the run's tables those that workers read.
+async fn as_workers_read_it(db: &Db, run: &str) {
+    db.exec(&format!(
+        "SELECT dedup.set_source_spec(run_id, table_id, source_spec - 'local') FROM dedup.run_tables WHERE run_id = '{run}'"
+    ))
+    .await;
+}
+
 /// A worker that dies on the same chunk again and again ends in a failed chunk, not in an endless loop.
 #[tokio::test(flavor = "multi_thread")]
 async fn leases_that_run_out_are_counted() {
@@ -291,6 +322,7 @@ async fn leases_that_run_out_are_counted() {
         "SELECT dedup.add_table('{run}', 'public.raw', 'dst'); SELECT dedup.plan_chunks('{run}')"
     ))
     .await;
+    as_workers_read_it(db, &run).await;
     let lease = format!("SELECT count(*) FROM dedup.lease_chunk('{run}', gen_random_uuid())");
     for leased in [1, 1, 0] {
         assert_eq!(db.one::<i64>(&lease).await, leased);
@@ -310,6 +342,7 @@ async fn a_held_row_does_not_stop_others_from_leasing() {
     )
     .await;
     let run = plan(db, "raw", "dst", "{}").await;
+    as_workers_read_it(db, &run).await;
     db.exec(&format!("UPDATE dedup.runs SET options = '{{\"lease_seconds\": 0.01}}' WHERE run_id = '{run}'"))
         .await;
     let holder = pair.target_again().await;
