@@ -231,13 +231,20 @@ fn tell_notice(side: Side, notice: &DbError) {
     }
 }
 
+/// Seconds of silence before either end asks whether the other is there, seconds between questions, and questions without an answer that end
+/// the connection. The server asks too: what a session holds goes with it soon after its host or the network has gone.
+const KEEPALIVE_IDLE: u32 = 30;
+const KEEPALIVE_INTERVAL: u32 = 10;
+const KEEPALIVE_COUNT: u32 = 6;
+
 /// What every session sets for itself. On the source also what casts to text depend on, so that a chunk's bounds and a
 /// transform mean the same in every session; on the target the role's own settings stay, as triggers expect them.
 fn settings(side: Side, role: Role) -> String {
     let [statement, lock, idle, _] = role.timeouts();
     let mut sql = format!(
         "SET statement_timeout = '{statement}s'; SET lock_timeout = '{lock}s'; \
-         SET idle_in_transaction_session_timeout = '{idle}s'; SET client_encoding = 'UTF8';"
+         SET idle_in_transaction_session_timeout = '{idle}s'; SET client_encoding = 'UTF8'; \
+         SET tcp_keepalives_idle = {KEEPALIVE_IDLE}; SET tcp_keepalives_interval = {KEEPALIVE_INTERVAL}; SET tcp_keepalives_count = {KEEPALIVE_COUNT};"
     );
     if side == Side::Source {
         sql.push_str(
@@ -330,9 +337,9 @@ fn config_of(info: &ConnInfo) -> Result<tokio_postgres::Config> {
         config.tcp_user_timeout(Duration::from_millis(milliseconds));
     }
     config.keepalives(info.number::<u8>("keepalives")? != Some(0));
-    config.keepalives_idle(Duration::from_secs(info.number("keepalives_idle")?.unwrap_or(30)));
-    config.keepalives_interval(Duration::from_secs(info.number("keepalives_interval")?.unwrap_or(10)));
-    config.keepalives_retries(info.number("keepalives_count")?.unwrap_or(6));
+    config.keepalives_idle(Duration::from_secs(info.number("keepalives_idle")?.unwrap_or(KEEPALIVE_IDLE.into())));
+    config.keepalives_interval(Duration::from_secs(info.number("keepalives_interval")?.unwrap_or(KEEPALIVE_INTERVAL.into())));
+    config.keepalives_retries(info.number("keepalives_count")?.unwrap_or(KEEPALIVE_COUNT));
     Ok(config)
 }
 
