@@ -377,6 +377,7 @@ CREATE TABLE dedup.reconciliations (
     target_snapshot  text,
     started_at       timestamptz NOT NULL DEFAULT clock_timestamp(),
     drawn_at         timestamptz,
+    drawn_contents   bigint,
     settled_at       timestamptz,
     finished_at      timestamptz,
     released_by      bigint,
@@ -400,6 +401,7 @@ COMMENT ON COLUMN dedup.reconciliations.last_ordinal IS 'highest ordinal of the 
 COMMENT ON COLUMN dedup.reconciliations.target_snapshot IS 'the target''s snapshot under which rows were compared; several where a pass was taken up: chunks compared before had the same rows under the last';
 COMMENT ON COLUMN dedup.reconciliations.started_at IS 'when it began';
 COMMENT ON COLUMN dedup.reconciliations.drawn_at IS 'of a sample: when its keys were chosen';
+COMMENT ON COLUMN dedup.reconciliations.drawn_contents IS 'of a sample: how many different contents it has, at least';
 COMMENT ON COLUMN dedup.reconciliations.settled_at IS 'when the index had been compared with the rows';
 COMMENT ON COLUMN dedup.reconciliations.finished_at IS 'when the verdict was given';
 COMMENT ON COLUMN dedup.reconciliations.released_by IS 'of a mismatch: the later clean pass that released it';

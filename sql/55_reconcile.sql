@@ -66,7 +66,9 @@ BEGIN
     WHERE c.run_id = run AND c.verdict = 'open' AND c.sample = begin_reconcile.sample AND c.is_strict = begin_reconcile.strict AND c.last_ordinal = last
     ORDER BY c.reconciliation_id DESC LIMIT 1;
     UPDATE dedup.reconciliations AS c SET verdict = 'abandoned', finished_at = clock_timestamp()
-    WHERE c.run_id = run AND c.verdict = 'open' AND c.reconciliation_id IS DISTINCT FROM id;
+    WHERE c.run_id = run AND c.verdict = 'open' AND c.reconciliation_id IS DISTINCT FROM id
+        -- A sample is taken while a whole pass waits to be taken up, and the other way round.
+        AND (c.last_ordinal <> last OR (c.sample < 1) = (begin_reconcile.sample < 1));
     IF id IS NULL THEN
         INSERT INTO dedup.reconciliations AS c (run_id, sample, is_strict, last_ordinal)
         VALUES (run, begin_reconcile.sample, begin_reconcile.strict, last) RETURNING c.reconciliation_id INTO id;
@@ -123,7 +125,7 @@ BEGIN
     END IF;
     IF EXISTS (SELECT FROM dedup.chunks_to_reconcile(reconciliation)) THEN
         RAISE EXCEPTION 'reconciliation % has chunks left to compare', reconciliation USING ERRCODE = 'object_not_in_prerequisite_state';
-    ELSIF p.settled_at IS NULL AND p.sample = 1 THEN
+    ELSIF p.settled_at IS NULL THEN
         RAISE EXCEPTION 'reconciliation % is not settled', reconciliation USING ERRCODE = 'object_not_in_prerequisite_state',
             HINT = format('SELECT dedup.settle_reconcile(%s);', reconciliation);
     END IF;
@@ -153,7 +155,9 @@ BEGIN
             PERFORM dedup.set_run_status(p.run_id, '{done,reconciled}', 'halted', 'run_halted');
         END IF;
         UPDATE dedup.reconciliations AS x SET verdict = result, finished_at = clock_timestamp(), target_snapshot = seen_under WHERE x.reconciliation_id = reconciliation;
-        UPDATE dedup.divergences AS d SET state = 'superseded' WHERE d.run_id = p.run_id AND d.state = 'open' AND d.reconciliation_id <> reconciliation;
+        -- A sample knows of a part only.
+        UPDATE dedup.divergences AS d SET state = 'superseded'
+        WHERE d.run_id = p.run_id AND d.state = 'open' AND d.reconciliation_id <> reconciliation AND p.sample = 1;
         PERFORM dedup.log_event(p.run_id, NULL, 'mismatch', told || '{"severity": "P1"}');
         PERFORM pg_notify('dedup_alerts', jsonb_build_object('severity', 'P1', 'alert', 'mismatch', 'run_id', p.run_id, 'mismatches', mismatches)::text);
     ELSIF p.sample < 1 THEN
@@ -214,9 +218,7 @@ BEGIN
     END IF;
     -- One statement: every chunk is compared under one snapshot.
     PERFORM dedup.reconcile_local_chunks(id);
-    IF sample = 1 THEN
-        PERFORM dedup.settle_reconcile(id);
-    END IF;
+    PERFORM dedup.settle_reconcile(id);
     PERFORM dedup.close_reconcile(id);
     RETURN QUERY SELECT k.* FROM dedup.reconciled_chunks AS k WHERE k.reconciliation_id = id ORDER BY k.chunk_id;
 END $$;

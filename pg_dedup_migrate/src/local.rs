@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use pg_dedup_record::fold::{Fold, FoldError, Refusal, Way};
 use pg_dedup_record::layout::Layout;
 use pg_dedup_record::refusal::condition_name;
-use pg_dedup_record::sql::{has_key_among, quote_literal};
+use pg_dedup_record::sql::{finds_keys, has_key_among, quote_literal};
 use pg_dedup_record::{Batch, BatchBuilder, WritePlan, pgcopy, wire};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -75,7 +75,7 @@ fn migrate(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<()> {
 }
 
 /// Reads a chunk's records, each as the tuple that a binary COPY of the source would send. `only`: those under these keys, as
-/// [`KeyTypes::texts`](crate::keyset::KeyTypes::texts) gives them.
+/// [`KeyTypes::texts`](crate::keyset::KeyTypes::texts) gives them, and perhaps others.
 ///
 /// # Errors
 /// Whatever the source's query raises; XX001 for what cannot be read of the run.
@@ -106,7 +106,7 @@ pub fn read(
     let spec: SourceSpec =
         serde_json::from_value(spec).map_err(|e| Error::corrupted(format!("unreadable source_spec: {e}")))?;
     let mut query = spec.query(&kind, lower.as_deref(), upper.as_deref());
-    if let Some(keys) = only {
+    if let Some(keys) = only.filter(|_| finds_keys(layout, &spec.key, &spec.key_types)) {
         query.push_str(" AND ");
         query.push_str(&has_key_among(layout, &spec.select, keys));
     }

@@ -337,8 +337,12 @@ fn config_of(info: &ConnInfo) -> Result<tokio_postgres::Config> {
         config.tcp_user_timeout(Duration::from_millis(milliseconds));
     }
     config.keepalives(info.number::<u8>("keepalives")? != Some(0));
-    config.keepalives_idle(Duration::from_secs(info.number("keepalives_idle")?.unwrap_or(KEEPALIVE_IDLE.into())));
-    config.keepalives_interval(Duration::from_secs(info.number("keepalives_interval")?.unwrap_or(KEEPALIVE_INTERVAL.into())));
+    config.keepalives_idle(Duration::from_secs(
+        info.number("keepalives_idle")?.unwrap_or(KEEPALIVE_IDLE.into()),
+    ));
+    config.keepalives_interval(Duration::from_secs(
+        info.number("keepalives_interval")?.unwrap_or(KEEPALIVE_INTERVAL.into()),
+    ));
     config.keepalives_retries(info.number("keepalives_count")?.unwrap_or(KEEPALIVE_COUNT));
     Ok(config)
 }

@@ -137,7 +137,7 @@ pub async fn pass(job: &Job, wanted: &str, extent: Extent, stop: Stop) -> Result
     let concluded = tokio::select! {
         biased;
         () = stop.asked() => None,
-        concluded = conclude(&admin, id, sampled) => Some(concluded),
+        concluded = conclude(&admin, id) => Some(concluded),
     };
     let Some(concluded) = concluded else {
         admin.cancel().await;
@@ -324,9 +324,12 @@ async fn compare_chunk(
             pass.counters.compared(0, 0, 0);
             return Ok(());
         }
-        (Some(Some(keys)), _) => read::Extent::Keys(keys),
-        (None, Some(snapshot)) if chunk.range.kind == RangeKind::Ctid => read::Extent::AllUnder(snapshot),
-        (None, _) => read::Extent::All,
+        (Some(Some(keys)), _) if !keys.is_empty() && table.spec.finds_keys(&table.layout) => {
+            read::Extent::Keys(keys)
+        }
+        (_, Some(snapshot)) if chunk.range.kind == RangeKind::Ctid => read::Extent::AllUnder(snapshot),
+        // The target picks those that were drawn.
+        _ => read::Extent::All,
     };
     let read = read::read_chunk(source, table, &chunk.range, extent, &pass.counters, spent.take()).await?;
     failpoint::reach(Failpoint::Read).await;
@@ -379,16 +382,13 @@ async fn call(pass: &Pass, chunk: &Chunk, target: &Session, records: &[u8]) -> R
     Ok(mismatches.unsigned_abs())
 }
 
-/// What is left when every chunk is compared: sources that the target database sees, the index unless it was a sample, the verdict.
-async fn conclude(admin: &Session, id: i64, sampled: bool) -> Result<()> {
-    for (doing, sql, whole_only) in [
-        ("reconcile_local_chunks", "SELECT dedup.reconcile_local_chunks($1)", false),
-        ("settle_reconcile", "SELECT dedup.settle_reconcile($1)", true),
-        ("close_reconcile", "SELECT dedup.close_reconcile($1)", false),
+/// What is left when every chunk is compared: sources that the target database sees, the index, the verdict.
+async fn conclude(admin: &Session, id: i64) -> Result<()> {
+    for (doing, sql) in [
+        ("reconcile_local_chunks", "SELECT dedup.reconcile_local_chunks($1)"),
+        ("settle_reconcile", "SELECT dedup.settle_reconcile($1)"),
+        ("close_reconcile", "SELECT dedup.close_reconcile($1)"),
     ] {
-        if whole_only && sampled {
-            continue;
-        }
         admin.client.execute(sql, &[&id]).await.at(Side::Target, doing)?;
     }
     Ok(())

@@ -1,7 +1,7 @@
 //! How one remote source table is read: the description kept in `run_tables.source_spec`, and the COPY of a chunk.
 
 use pg_dedup_record::layout::Layout;
-use pg_dedup_record::sql::{has_key_among, quote_ident, quote_literal};
+use pg_dedup_record::sql::{finds_keys, has_key_among, quote_ident, quote_literal};
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::{Relation, RelationKind};
@@ -130,6 +130,11 @@ impl SourceSpec {
     /// The COPY of a chunk.
     pub fn copy_out(&self, range: &Range) -> String {
         format!("COPY ({}) TO STDOUT (FORMAT binary)", self.query(range))
+    }
+
+    /// Whether records can be found by the target's keys.
+    pub fn finds_keys(&self, layout: &Layout) -> bool {
+        finds_keys(layout, &self.key, &self.key_types)
     }
 
     /// The COPY of those records of a chunk that have one of these keys: of each key column an array of texts.

@@ -25,6 +25,8 @@ pub struct Verdict {
     pub verdict: String,
     /// The fraction of contents that were looked at; 1: all.
     pub sample: f64,
+    /// Of a sample: different contents in it, at least.
+    pub drawn_contents: Option<i64>,
     /// The target's snapshot that it holds for.
     pub target_snapshot: Option<String>,
     /// Records and rows by what was found of them.
@@ -69,7 +71,7 @@ impl Verdict {
         let row = session
             .client
             .query_one(
-                "SELECT r.run_id, r.name, r.status, p.verdict, p.target_snapshot, p.sample, \
+                "SELECT r.run_id, r.name, r.status, p.verdict, p.target_snapshot, p.sample, p.drawn_contents, \
                      ARRAY[sum(k.source_count), sum(k.present_count), sum(k.duplicate_count), sum(k.quarantined_count), sum(k.missing_count), \
                          sum(k.changed_count), sum(k.extra_count), sum(k.surviving_duplicate_count), sum(k.foreign_count), \
                          sum(k.source_changed_count)]::int8[] \
@@ -79,7 +81,7 @@ impl Verdict {
             )
             .await
             .at(session.side, doing)?;
-        let counts: Vec<i64> = row.try_get(6).at(session.side, doing)?;
+        let counts: Vec<i64> = row.try_get(7).at(session.side, doing)?;
         let count = |index: usize| counts.get(index).copied().unwrap_or_default();
         let lines = session
             .client
@@ -106,6 +108,7 @@ impl Verdict {
             verdict: row.try_get(3).at(session.side, doing)?,
             target_snapshot: row.try_get(4).at(session.side, doing)?,
             sample: row.try_get(5).at(session.side, doing)?,
+            drawn_contents: row.try_get(6).at(session.side, doing)?,
             counts: Counts {
                 source: count(0),
                 present: count(1),
@@ -189,20 +192,20 @@ impl Verdict {
         text
     }
 
-    /// What a clean sample says of the rest. Where at most n records were looked at and none differs, the part that does is below 3/n with a
-    /// confidence of 95 % (the rule of three).
+    /// What a clean sample says of the rest. Where n contents were looked at and none differs, the part that does is below 3/n with a confidence
+    /// of 95 % (the rule of three). A record that changed in its source says nothing of its content.
     fn confidence(&self) -> String {
-        let looked_at = self.counts.source;
-        if looked_at <= 3 {
+        let contents = self.drawn_contents.unwrap_or(0) - self.counts.source_changed;
+        let part = self.sample * 100.0;
+        if contents <= 3 {
             return format!(
-                "  {} % of the contents: {looked_at} records, too few to say anything of the others\n",
-                self.sample * 100.0
+                "  {part} % of the contents: {} of them, too few to say anything of the others\n",
+                contents.max(0)
             );
         }
         format!(
-            "  {} % of the contents: with a confidence of 95 % fewer than 1 in {} of what was written or dropped differs\n",
-            self.sample * 100.0,
-            looked_at / 3
+            "  {part} % of the contents, {contents} of them: with a confidence of 95 % fewer than 1 in {} of those that were written or dropped differ\n",
+            contents / 3
         )
     }
 
@@ -231,6 +234,7 @@ mod tests {
             verdict: verdict.into(),
             target_snapshot: None,
             sample: 1.0,
+            drawn_contents: None,
             divergences: if counts.missing > 0 { vec![divergence] } else { Vec::new() },
             counts,
         }

@@ -13,7 +13,15 @@ pub fn quote_literal(value: &str) -> String {
     if quoted.contains('\\') { format!("E'{}'", quoted.replace('\\', "\\\\")) } else { format!("'{quoted}'") }
 }
 
-/// A condition that holds for records under one of several keys. `select` has one expression a layout column, which yields the column's type;
+/// Whether [`has_key_among`] finds records by the target's keys: key columns, `key` in the source's SQL, go over as they are, in types that both
+/// sides name alike. Elsewhere what a key is in the source only the records tell.
+pub fn finds_keys(layout: &Layout, key: &[String], key_types: &[String]) -> bool {
+    layout.key.iter().zip(std::iter::zip(key, key_types)).all(|(&i, (key, kind))| {
+        *key == quote_ident(&layout.columns[i].name) && *kind == layout.columns[i].type_name
+    })
+}
+
+/// A condition that holds for records under one of several keys. `select` has one expression a layout column;
 /// `arrays` has the values of each key column, one array a column in the text form of arrays.
 pub fn has_key_among(layout: &Layout, select: &[String], arrays: &[String]) -> String {
     let names: Vec<String> = (1..=layout.key.len()).map(|i| format!("k{i}")).collect();

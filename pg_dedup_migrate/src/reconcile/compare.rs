@@ -239,20 +239,25 @@ impl<'a> Comparison<'a> {
         record.key.filter(|_| !self.chunk.keyless())
     }
 
-    /// A record that was dropped is there if its content is. What the index has of it is settled in the end; what it does not have is sought among
-    /// the rows then.
+    /// A record that was dropped is there if its content is. What the index has of it is settled in the end, in a sample it is looked at here; what
+    /// it does not have is sought among the rows then.
     fn look_for_survivors(&mut self, snapshot: &Snapshot) -> Result<()> {
         let losers = self.fated(Fate::Dropped);
-        if matches!(self.chunk.rows, Rows::Sampled(_)) {
-            return self.look_for_rows_of(&losers, snapshot);
-        }
-        let (digests, wanted) = lookup::distinct(losers.iter().map(|&i| self.records[i as usize].content));
-        let present = lookup::present(self.chunk.target_id, &digests, &wanted, Leaving::default(), snapshot)?;
+        let contents = losers.iter().map(|&i| self.records[i as usize].content);
+        let held = match self.chunk.rows {
+            Rows::Sampled(_) => self.held(contents, snapshot)?,
+            _ => {
+                let (digests, wanted) = lookup::distinct(contents);
+                let target = self.chunk.target_id;
+                let present = lookup::present(target, &digests, &wanted, Leaving::default(), snapshot)?;
+                digests.into_iter().zip(present).filter(|(_, present)| *present).map(|(d, _)| d).collect()
+            }
+        };
         let mut sought: Vec<LedgerEntry<'_>> = Vec::new();
         for &i in &losers {
             let record = &self.records[i as usize];
             self.dropped.push(subject(record.content.as_bytes(), record.key.unwrap_or_default()));
-            if !digests.binary_search(record.content.as_bytes()).is_ok_and(|at| present[at]) {
+            if !held.contains(record.content.as_bytes()) {
                 sought.push(LedgerEntry { digest: record.content, key: record.key.unwrap_or_default() });
             }
         }
@@ -264,30 +269,22 @@ impl<'a> Comparison<'a> {
         Ok(())
     }
 
-    /// A sampled pass settles nothing in the end: the rows that hold the contents are looked at here.
-    fn look_for_rows_of(&mut self, losers: &[u32], snapshot: &Snapshot) -> Result<()> {
-        let standing = self.standing(losers.iter().map(|&i| self.records[i as usize].content), snapshot)?;
+    /// Which of these contents stand in a row that the index names.
+    fn held(&self, contents: impl Iterator<Item = Digest>, snapshot: &Snapshot) -> Result<HashSet<[u8; 32]>> {
+        let standing = self.standing(contents, snapshot)?;
         let chunk = self.chunk;
-        let (keys, contents): (Vec<&[u8]>, Vec<&[u8; 32]>) = standing
+        let (keys, named): (Vec<&[u8]>, Vec<&[u8; 32]>) = standing
             .iter()
             .flat_map(|(content, places)| places.iter().map(move |place| (place.key.as_slice(), content)))
             .unzip();
         let mut held: HashSet<[u8; 32]> = HashSet::new();
         rows_under(Reading::Statement, chunk.table, &chunk.layout, &chunk.key_types, &keys, |n, row| {
-            if row.digests()?.content.as_bytes() == contents[n] {
-                held.insert(*contents[n]);
+            if row.digests()?.content.as_bytes() == named[n] {
+                held.insert(*named[n]);
             }
             Ok(())
         })?;
-        for &i in losers {
-            let record = &self.records[i as usize];
-            if held.contains(record.content.as_bytes()) {
-                self.duplicates += 1;
-            } else {
-                self.findings.add(Kind::Missing, self.named_key(record), record.content);
-            }
-        }
-        Ok(())
+        Ok(held)
     }
 
     /// Records that neither the target nor the ledger nor the quarantine has.
@@ -305,17 +302,26 @@ impl<'a> Comparison<'a> {
         } else {
             self.standing(unexplained.iter().map(|&i| self.records[i as usize].content), snapshot)?
         };
+        let mut layouts = Layouts::new(self.chunk);
         for &i in &unexplained {
             let record = &self.records[i as usize];
             let key = record.key.unwrap_or_default();
-            let was_there = self.source_is_same
-                || self.chunk.keyless()
-                || standing.get(record.content.as_bytes()).is_some_and(|places| {
-                    places.iter().any(|p| p.key == key && p.row_digest == record.row.short())
-                });
+            let has_row = occupied.binary_search(&key).is_ok();
+            let place = standing
+                .get(record.content.as_bytes())
+                .and_then(|places| places.iter().find(|place| place.key == key));
+            let was_there = match place {
+                _ if self.source_is_same || self.chunk.keyless() => true,
+                None => false,
+                // The entry must have a row, whatever has become of the record's other columns. Where there is one that differs, the entry tells
+                // which side has changed, unless it was made of other columns.
+                Some(place) => {
+                    !has_row || place.row_digest == record.row.short() || !layouts.is_ours(place.ordinal)?
+                }
+            };
             let kind = match was_there {
                 false => Kind::SourceChanged,
-                true if occupied.binary_search(&key).is_ok() => Kind::Changed,
+                true if has_row => Kind::Changed,
                 true => Kind::Missing,
             };
             self.findings.add(kind, self.named_key(record), record.content);
@@ -497,6 +503,36 @@ impl<'a> Comparison<'a> {
             |key| chunk.key_types.query_string(key),
         )?;
         Ok(self.findings.mismatches(chunk.strict))
+    }
+}
+
+/// Whether entries were made of the columns that the chunk's run delivers: then their row digests can be compared.
+struct Layouts<'a> {
+    chunk: &'a Chunk,
+    known: HashMap<u64, bool>,
+}
+
+impl<'a> Layouts<'a> {
+    fn new(chunk: &'a Chunk) -> Self {
+        Self { chunk, known: HashMap::new() }
+    }
+
+    fn is_ours(&mut self, ordinal: u64) -> Result<bool> {
+        if let Some(known) = self.known.get(&ordinal) {
+            return Ok(*known);
+        }
+        // Rows that stood there before were hashed as the target is.
+        let same = Spi::get_one_with_args::<bool>(
+            "SELECT coalesce(t.layout, g.layout) OPERATOR(pg_catalog.=) m.layout \
+             FROM dedup.run_tables AS m JOIN dedup.targets AS g USING (target_id) \
+                 LEFT JOIN dedup.ordinals AS o ON o.ordinal = $3 LEFT JOIN dedup.checkpoints AS c ON c.run_id = o.run_id AND c.chunk_id = o.chunk_id \
+                 LEFT JOIN dedup.run_tables AS t ON t.run_id = c.run_id AND t.table_id = c.table_id \
+             WHERE m.run_id = $1 AND m.table_id = $2",
+            &[self.chunk.run.into(), self.chunk.table_id.into(), ordinal.cast_signed().into()],
+        )?;
+        let same = required(same)?;
+        self.known.insert(ordinal, same);
+        Ok(same)
     }
 }
 

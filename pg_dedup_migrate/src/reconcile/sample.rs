@@ -50,12 +50,13 @@ fn draw(reconciliation: i64) -> Result<i64> {
     })?;
     if !drawn {
         let bound = bound(sample);
+        let mut contents = 0;
         for target in targets {
-            draw_target(reconciliation, run, target, bound)?;
+            contents += draw_target(reconciliation, run, target, bound)?;
         }
         Spi::run_with_args(
-            "UPDATE dedup.reconciliations SET drawn_at = pg_catalog.clock_timestamp() WHERE reconciliation_id = $1",
-            &[reconciliation.into()],
+            "UPDATE dedup.reconciliations SET drawn_at = pg_catalog.clock_timestamp(), drawn_contents = $2 WHERE reconciliation_id = $1",
+            &[reconciliation.into(), contents.into()],
         )?;
     }
     let keys = Spi::get_one_with_args::<i64>(
@@ -72,40 +73,53 @@ fn bound(sample: f64) -> Option<u64> {
     (sample < 1.0).then_some((sample * PREFIXES) as u64)
 }
 
-fn draw_target(reconciliation: i64, run: Uuid, target_id: i32, bound: Option<u64>) -> Result<()> {
+/// Draws from one target; returns how many different contents that are, at least.
+fn draw_target(reconciliation: i64, run: Uuid, target_id: i32, bound: Option<u64>) -> Result<i64> {
     guard(target_id, Target::by_id(target_id)?.table)?;
     let snapshot = Snapshot::of_statement();
     let mut drawn = Drawn::new(reconciliation, run, target_id)?;
     let blocks = Table::open("segment_block", Access::Read)?;
     let segments = segment::segments_of(target_id, &snapshot)?;
     let mut unchanged = Unchanged::new(run, target_id, bound)?;
+    let (mut contents, mut last) = (0, None);
     Merge::new(&blocks, &segments, &snapshot)?.until(bound).for_each(|entry| {
         if entry.stamp.tombstone {
             return Ok(());
         }
-        if let Some(&chunk) = drawn.chunk_of.get(&entry.stamp.ordinal) {
-            drawn.add(chunk, entry.key)?;
-        }
-        for ordinal in unchanged.ordinals(&entry.digest, entry.key)? {
+        let resting = unchanged.ordinals(&entry.digest, entry.key)?;
+        for ordinal in std::iter::once(entry.stamp.ordinal).chain(resting) {
             if let Some(&chunk) = drawn.chunk_of.get(&ordinal) {
                 drawn.add(chunk, entry.key)?;
+                contents += i64::from(last.replace(entry.digest) != Some(entry.digest));
             }
         }
         Ok(())
     })?;
+    // Of contents that the run only dropped those of one chunk are different ones; of several chunks they may be the same.
+    let mut dropped = 0;
     for (ordinal, chunk) in drawn.chunk_of.clone() {
-        draw_losers(ordinal, bound, |key| drawn.add(chunk, key))?;
+        let (mut of_chunk, mut last) = (0, None);
+        draw_losers(ordinal, bound, |digest, key| {
+            of_chunk += i64::from(last.replace(digest) != Some(digest));
+            drawn.add(chunk, key)
+        })?;
+        dropped = dropped.max(of_chunk);
     }
-    drawn.flush()
+    drawn.flush()?;
+    Ok(contents.max(dropped))
 }
 
-/// Calls `visit` with the keys of the records that were dropped under an ordinal and belong to the sample.
-fn draw_losers(ordinal: u64, bound: Option<u64>, mut visit: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+/// Calls `visit` with contents and keys of the records that were dropped under an ordinal and belong to the sample.
+fn draw_losers(
+    ordinal: u64,
+    bound: Option<u64>,
+    mut visit: impl FnMut(Digest, &[u8]) -> Result<()>,
+) -> Result<()> {
     let reached = bound.unwrap_or(u64::MAX).to_be_bytes().to_vec();
     let blocks: Vec<Vec<u8>> = Spi::connect(|client| -> Result<_> {
         client
             .select(
-                "SELECT l.entries FROM dedup.ledger_block AS l WHERE l.ordinal = $1 AND ($3 OR l.first_digest OPERATOR(pg_catalog.<) $2)",
+                "SELECT l.entries FROM dedup.ledger_block AS l WHERE l.ordinal = $1 AND ($3 OR l.first_digest OPERATOR(pg_catalog.<) $2) ORDER BY l.first_digest",
                 None,
                 &[ordinal.cast_signed().into(), reached.into(), bound.is_none().into()],
             )?
@@ -116,7 +130,7 @@ fn draw_losers(ordinal: u64, bound: Option<u64>, mut visit: impl FnMut(&[u8]) ->
         let block = ledger::parse(&bytes)?;
         for entry in (0..block.len()).map(|i| block.entry(i)) {
             if bound.is_none_or(|bound| entry.digest.prefix() < bound) {
-                visit(entry.key)?;
+                visit(entry.digest, entry.key)?;
             }
         }
     }
@@ -295,7 +309,11 @@ pub fn keys_of(reconciliation: i64, chunk_id: &str) -> Result<Vec<Vec<u8>>> {
     Ok(keys)
 }
 
-/// `dedup.sampled_keys`: what a worker asks the source for, of each key column an array of the values that were drawn, as text; NULL: nothing was.
+/// Keys of a chunk that are fetched one by one; of more the whole chunk is read.
+pub const FETCHED: usize = 20_000;
+
+/// `dedup.sampled_keys`: what a worker asks the source for, of each key column an array of the values that were drawn, as text; NULL: nothing was
+/// drawn, an empty array: so much that the whole chunk is to be read.
 ///
 /// # Errors
 /// 42704 for an unknown chunk.
@@ -305,5 +323,9 @@ pub fn sampled_keys(reconciliation_id: i64, chunk_id: &str) -> Result<Option<Vec
     let Rows::Sampled(keys) = &chunk.rows else {
         return Err(Error::state(format!("reconciliation {reconciliation_id} is not a sampled one")).into());
     };
-    Ok(if keys.is_empty() { None } else { Some(chunk.key_types.texts(keys)?) })
+    Ok(match keys.len() {
+        0 => None,
+        1..=FETCHED => Some(chunk.key_types.texts(keys)?),
+        _ => Some(Vec::new()),
+    })
 }

@@ -34,9 +34,9 @@ use crate::sql::required;
 /// 42704 for an unknown pass, XX001 for damaged state.
 pub fn settle(reconciliation: i64) -> Result<()> {
     // Locked: findings are entered once.
-    let (run, strict, settled, targets) = Spi::connect_mut(|client| -> Result<_> {
+    let (run, strict, sampled, settled, targets) = Spi::connect_mut(|client| -> Result<_> {
         let rows = client.update(
-            "SELECT p.run_id, p.is_strict, p.settled_at IS NOT NULL AS settled, \
+            "SELECT p.run_id, p.is_strict, p.sample < 1 AS sampled, p.settled_at IS NOT NULL AS settled, \
                  ARRAY(SELECT DISTINCT t.target_id FROM dedup.run_tables AS t WHERE t.run_id = p.run_id ORDER BY 1) AS targets, \
                  EXISTS (SELECT FROM dedup.chunks_to_reconcile($1)) AS unfinished \
              FROM dedup.reconciliations AS p WHERE p.reconciliation_id = $1 AND p.verdict = 'open' FOR NO KEY UPDATE",
@@ -55,6 +55,7 @@ pub fn settle(reconciliation: i64) -> Result<()> {
         Ok((
             run,
             required::<bool>(row["is_strict"].value()?)?,
+            required::<bool>(row["sampled"].value()?)?,
             required::<bool>(row["settled"].value()?)?,
             targets,
         ))
@@ -78,9 +79,15 @@ pub fn settle(reconciliation: i64) -> Result<()> {
             owners: Owners::new(run, target_id),
             findings: BTreeMap::new(),
         };
+        let mut gone: HashSet<[u8; 32]> = settlement.compared.sought.iter().map(|l| l.content.0).collect();
+        if sampled {
+            settlement.seek(&mut gone)?;
+            settlement.sought_in_vain(&gone);
+            settlement.enter()?;
+            continue;
+        }
         let indexed = settlement.walk_index()?;
         // Contents that the index does not have stand nowhere if it has an entry for every row.
-        let mut gone: HashSet<[u8; 32]> = settlement.compared.sought.iter().map(|l| l.content.0).collect();
         if settlement.compared.rows != Some(indexed) {
             settlement.audit(indexed.0, &mut gone)?;
             settlement.losers_of(&gone)?;
@@ -234,6 +241,21 @@ impl Settlement<'_> {
         let blocks = Table::open("segment_block", Access::Read)?;
         let segments = segment::segments_of(self.target.id, self.snapshot)?;
         Merge::new(&blocks, &segments, self.snapshot)?.for_each_content(visit)
+    }
+
+    /// Takes out of `gone` what any row of the target holds. One scan, and only if something is sought.
+    fn seek(&self, gone: &mut HashSet<[u8; 32]>) -> Result<()> {
+        if gone.is_empty() {
+            return Ok(());
+        }
+        let layout = &self.target.layout;
+        let query =
+            format!("SELECT {} FROM {} AS t", column_list(layout, "t"), qualified_name(self.target.table));
+        rows::scan_in(View::Statement, &query, &[], layout, 0, |row| {
+            gone.remove(row.digests()?.content.as_bytes());
+            Ok(())
+        })?;
+        Ok(())
     }
 
     /// Adds up the entries that must have a row; contents that the run wrote a second time are entered.
