@@ -29,6 +29,21 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION dedup.reopen_orphans(uuid) IS 'sets chunks whose dropped duplicates have no survivor left back to pending, and reopens other runs that have such';
 
+-- Records of a chunk in quarantine: those that foreign keys refuse, and the others.
+CREATE FUNCTION dedup.aside(run uuid, chunk text) RETURNS bigint[]
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT ARRAY[count(*) FILTER (WHERE q.sqlstate = '23503'), count(*) FILTER (WHERE q.sqlstate IS DISTINCT FROM '23503')]
+    FROM dedup.quarantine AS q WHERE q.run_id = run AND q.chunk_id = chunk
+$$;
+COMMENT ON FUNCTION dedup.aside(uuid, text) IS 'records of a chunk in quarantine: those that foreign keys refuse, and the others';
+
+-- What foreign keys refuse of a repair is set aside for the time being only: other chunks may satisfy it.
+CREATE FUNCTION dedup.aside_by_repair(run uuid) RETURNS SETOF text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT c.chunk_id FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.repair_aside IS NOT NULL AND (dedup.aside(run, c.chunk_id))[1] > c.repair_aside[1]
+$$;
+COMMENT ON FUNCTION dedup.aside_by_repair(uuid) IS 'chunks with records that a repair has set aside, which it must not leave so';
+
 -- A row may point at one that a chunk wrote later, in its own table or on a cycle: what foreign keys refused is tried again when the other chunks
 -- are done, as long as that makes it fewer (`before`: how many it was the last time).
 CREATE FUNCTION dedup.retry_foreign_keys(run uuid, before bigint, local bool) RETURNS bigint
@@ -56,20 +71,17 @@ BEGIN
             AND (f.conrelid = child.target OR f.conrelid IN (SELECT p.relid FROM pg_partition_tree(child.target) AS p))
             AND (f.confrelid = parent.target OR f.confrelid IN (SELECT p.relid FROM pg_partition_tree(parent.target) AS p))
         WHERE w.run_id = run AND EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.table_id = w.table_id AND c.chunk_id <> r.chunk_id));
-    -- Records of a repair are never set aside: the chunk has failed for them.
-    SELECT refused + count(*), chunks || array_agg(c.chunk_id) INTO refused, chunks
-    FROM dedup.checkpoints AS c JOIN dedup.run_tables AS t USING (run_id, table_id)
-    WHERE c.run_id = run AND c.status = 'failed' AND c.repair IS NOT NULL AND c.error_sqlstate = '23503' AND (t.source_spec ? 'local') = local;
     IF refused > 0 AND (before IS NULL OR refused < before) THEN
         UPDATE dedup.checkpoints AS c
-        SET status = 'pending', attempts = 0, not_before = NULL, written_at = NULL, repair = CASE WHEN run_status = 'halted' THEN coalesce(c.repair, 'rewrite') END
+        SET status = 'pending', attempts = 0, not_before = NULL, written_at = NULL, repair = CASE WHEN run_status = 'halted' THEN coalesce(c.repair, 'rewrite') END,
+            repair_aside = CASE WHEN run_status = 'halted' THEN coalesce(c.repair_aside, dedup.aside(run, c.chunk_id)) END
         WHERE c.run_id = run AND c.chunk_id = ANY (chunks)
-            AND (c.status = 'verified' OR c.status = 'failed' AND c.repair IS NOT NULL OR c.status = 'syncing' AND c.written_at IS NOT NULL);
+            AND (c.status = 'verified' OR c.status = 'syncing' AND c.written_at IS NOT NULL);
         PERFORM dedup.log_event(run, NULL, 'foreign_keys_retried', jsonb_build_object('records', refused, 'chunks', cardinality(chunks)));
     END IF;
     RETURN refused;
 END $$;
-COMMENT ON FUNCTION dedup.retry_foreign_keys(uuid, bigint, bool) IS 'sets chunks with records that foreign keys refused, and other chunks may have satisfied, back to pending, if those are fewer than before; returns how many they are, a chunk of a repair that failed for them counting as one';
+COMMENT ON FUNCTION dedup.retry_foreign_keys(uuid, bigint, bool) IS 'sets chunks with records that foreign keys refused, and other chunks may have satisfied, back to pending, if those are fewer than before; returns how many they are';
 
 -- Tables of a run with chunks that were written and not read back.
 CREATE FUNCTION dedup.unverified_tables(run uuid) RETURNS SETOF int
@@ -151,7 +163,8 @@ BEGIN
         RAISE EXCEPTION 'run % is %', run, (dedup.run_row(run)).status USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
     UPDATE dedup.checkpoints AS c SET status = 'pending', attempts = 0, not_before = NULL, lease = NULL,
-        repair = CASE WHEN (dedup.run_row(run)).status = 'halted' THEN coalesce(c.repair, 'rewrite') END
+        repair = CASE WHEN (dedup.run_row(run)).status = 'halted' THEN coalesce(c.repair, 'rewrite') END,
+        repair_aside = CASE WHEN (dedup.run_row(run)).status = 'halted' THEN coalesce(c.repair_aside, dedup.aside(run, c.chunk_id)) END
     FROM dedup.run_tables AS t
     WHERE c.run_id = run AND c.table_id = restart_table.table_id AND t.run_id = run AND t.table_id = restart_table.table_id AND t.keyless;
     GET DIAGNOSTICS n = ROW_COUNT;

@@ -51,7 +51,7 @@ BEGIN
             HINT = CASE WHEN r.status IN ('created', 'running', 'paused', 'failed')
                         THEN format('pg-dedup-migrate run --resume %s goes on.', run) ELSE 'Nothing is left to compare.' END;
     END IF;
-    IF EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.status <> 'verified') THEN
+    IF EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.status <> 'verified') OR EXISTS (SELECT FROM dedup.aside_by_repair(run)) THEN
         RAISE EXCEPTION 'run % has chunks that are not repaired yet', run USING ERRCODE = 'object_not_in_prerequisite_state',
             HINT = format('pg-dedup-migrate repair %s goes on with it.', run);
     END IF;

@@ -26,9 +26,10 @@ BEGIN
         GROUP BY 1, 2
     )
     UPDATE dedup.checkpoints AS c
-    SET status = 'pending', attempts = 0, not_before = NULL, written_at = NULL, repair = CASE WHEN delete_extra THEN 'delete_extra' ELSE 'rewrite' END
+    SET status = 'pending', attempts = 0, not_before = NULL, written_at = NULL, repair = CASE WHEN delete_extra THEN 'delete_extra' ELSE 'rewrite' END,
+        repair_aside = coalesce(c.repair_aside, dedup.aside(run, c.chunk_id))
     WHERE c.run_id = run AND (c.status IN ('verified', 'failed', 'pending') OR c.status = 'syncing' AND c.written_at IS NOT NULL)
-        AND (c.repair IS NOT NULL OR c.status <> 'verified'
+        AND (c.repair IS NOT NULL OR c.status <> 'verified' OR c.chunk_id IN (SELECT dedup.aside_by_repair(run))
              OR EXISTS (SELECT FROM wrong AS w WHERE w.chunk_id = c.chunk_id OR w.whole_table AND w.table_id = c.table_id));
     GET DIAGNOSTICS n = ROW_COUNT;
     PERFORM dedup.log_event(run, NULL, 'repair_started', jsonb_build_object('chunks', n, 'delete_extra', delete_extra));
@@ -55,6 +56,12 @@ BEGIN
                       FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.status IN ('failed', 'pending')),
             HINT = 'Mend the cause, then repair the run again.';
     END IF;
+    IF EXISTS (SELECT FROM dedup.aside_by_repair(run)) THEN
+        RAISE EXCEPTION 'foreign keys refuse records of run % that are to be repaired', run USING ERRCODE = 'object_not_in_prerequisite_state',
+            DETAIL = (SELECT string_agg(DISTINCT format('chunk %s: %s', q.chunk_id, dedup.without_values(q.sqlstate, q.message)), '; ')
+                      FROM dedup.quarantine AS q WHERE q.run_id = run AND q.sqlstate = '23503' AND q.chunk_id IN (SELECT dedup.aside_by_repair(run))),
+            HINT = 'Put the rows that they point at in place, then repair the run again.';
+    END IF;
     FOR waiting IN SELECT u FROM dedup.unverified_tables(run) AS u LOOP
         PERFORM dedup.verify_written(run, waiting, true);
     END LOOP;
@@ -64,7 +71,7 @@ BEGIN
         SELECT c.chunk_id, c.table_id FROM dedup.checkpoints AS c
         WHERE c.run_id = run AND (c.status = 'failed' OR EXISTS (SELECT FROM lost WHERE lost.run_id = run AND lost.chunk_id = c.chunk_id))
     ), again AS (
-        UPDATE dedup.checkpoints AS c SET status = 'pending', attempts = 0, not_before = NULL, written_at = NULL, repair = 'rewrite'
+        UPDATE dedup.checkpoints AS c SET status = 'pending', attempts = 0, not_before = NULL, written_at = NULL, repair = 'rewrite', repair_aside = coalesce(c.repair_aside, dedup.aside(run, c.chunk_id))
         FROM dedup.run_tables AS t
         WHERE c.run_id = run AND t.run_id = run AND t.table_id = c.table_id
             AND EXISTS (SELECT FROM own WHERE own.chunk_id = c.chunk_id OR t.keyless AND own.table_id = c.table_id) RETURNING 1)
@@ -72,6 +79,7 @@ BEGIN
     IF more = 0 THEN
         SELECT o.other_runs INTO others FROM dedup.reopen_orphans(run) AS o;
         DELETE FROM dedup.pass_keys AS k WHERE k.run_id = run;
+        UPDATE dedup.checkpoints AS c SET repair_aside = NULL WHERE c.run_id = run AND c.repair_aside IS NOT NULL;
         PERFORM dedup.log_event(run, NULL, 'repaired', jsonb_build_object('reopened', others));
     END IF;
     RETURN more;

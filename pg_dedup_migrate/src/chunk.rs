@@ -64,8 +64,6 @@ pub struct OpenChunk {
     pub repair: Option<Repair>,
     /// Entries that no row bears out, with their ordinals, sorted; they are among `leaving`.
     pub stale: Rc<Vec<(Subject, u64)>>,
-    /// Records that it set aside before.
-    pub quarantined_before: i64,
     /// In a repair: keys of the rows that stand under keys of its records.
     pub own_rows: Rc<HashSet<Vec<u8>>>,
     /// Keys of rows that are too many.
@@ -315,7 +313,7 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
     let chunk = Spi::connect_mut(|client| -> Result<OpenChunk> {
         let found = client
             .update(
-                "SELECT c.status, c.repair, c.quarantined_count, c.lease, c.backend_pid, c.range_kind, c.range_lower, c.range_upper, \
+                "SELECT c.status, c.repair, c.lease, c.backend_pid, c.range_kind, c.range_lower, c.range_upper, \
                         r.status AS run_status, r.pass, \
                         t.keyless OR coalesce(r.options OPERATOR(pg_catalog.->>) 'verify' OPERATOR(pg_catalog.=) 'end', false) AS verified_later, \
                         t.target_id, t.layout, t.range_comparable, g.target::pg_catalog.oid AS target, \
@@ -383,7 +381,6 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
             unchanged: Rc::default(),
             repair,
             stale: Rc::default(),
-            quarantined_before: found["quarantined_count"].value()?.unwrap_or_default(),
             own_rows: Rc::default(),
             extra: Rc::default(),
             standing: Standing::default(),

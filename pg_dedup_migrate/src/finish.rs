@@ -37,7 +37,6 @@ const SOURCE: usize = 0;
 const INSERTED: usize = 1;
 const UPDATED: usize = 2;
 const DUPLICATE: usize = 4;
-const QUARANTINED: usize = 5;
 
 impl Books {
     /// Parses what the protocol sends.
@@ -128,7 +127,7 @@ fn finish_chunk(
 pub fn finish(chunk: &mut OpenChunk, books: &Books, info: &JsonB) -> Result<i64> {
     books.check_balance()?;
     let ordinal = draw_ordinal(chunk)?;
-    repair::refuse_more_quarantine(chunk, books.counts[QUARANTINED])?;
+    repair::refuse_more_quarantine(chunk)?;
     repair::remove_extra(chunk)?;
     let tombstones = retractions(chunk, ordinal)?;
     let written = books.written(&chunk.standing);

@@ -136,30 +136,32 @@ pub fn rows_of_other_chunks(chunk: &OpenChunk) -> Result<HashSet<[u8; 16]>> {
     Ok(rows)
 }
 
-/// A record that stood in the target and is refused now would be set aside, and the run found right without it.
+/// A record that stood in the target and is refused now would be set aside, and the run found right without it. What foreign keys refuse may stay
+/// so until the other chunks are done: `dedup.finish_repair` looks at that.
 ///
 /// # Errors
-/// When the chunk has more records in quarantine than before: 23503 where foreign keys are among the reasons, which other chunks may satisfy, else 55000.
-pub fn refuse_more_quarantine(chunk: &OpenChunk, quarantined: i64) -> Result<()> {
-    let more = quarantined - chunk.quarantined_before;
-    if chunk.repair.is_none() || more <= 0 {
+/// 55000 when the chunk has more records in quarantine, for other reasons, than when the repair began.
+pub fn refuse_more_quarantine(chunk: &OpenChunk) -> Result<()> {
+    if chunk.repair.is_none() {
         return Ok(());
     }
-    let (reason, pointing) = Spi::get_two_with_args::<String, bool>(
-        "SELECT pg_catalog.string_agg(DISTINCT q.reason OPERATOR(pg_catalog.||) ': ' OPERATOR(pg_catalog.||) dedup.without_values(q.sqlstate, q.message), '; '), \
-                pg_catalog.bool_or(q.sqlstate = '23503') \
-         FROM dedup.quarantine AS q WHERE q.run_id = $1 AND q.chunk_id = $2",
+    let (more, reason) = Spi::get_two_with_args::<i64, String>(
+        "SELECT (dedup.aside(c.run_id, c.chunk_id))[2] OPERATOR(pg_catalog.-) coalesce(c.repair_aside[2], 0), \
+             (SELECT pg_catalog.string_agg(DISTINCT q.reason OPERATOR(pg_catalog.||) ': ' OPERATOR(pg_catalog.||) dedup.without_values(q.sqlstate, q.message), '; ') \
+              FROM dedup.quarantine AS q WHERE q.run_id = c.run_id AND q.chunk_id = c.chunk_id AND q.sqlstate IS DISTINCT FROM '23503') \
+         FROM dedup.checkpoints AS c WHERE c.run_id = $1 AND c.chunk_id = $2",
         &[chunk.run.into(), chunk.chunk_id.as_str().into()],
     )?;
-    let code = if pointing == Some(true) {
-        PgSqlErrorCode::ERRCODE_FOREIGN_KEY_VIOLATION
-    } else {
-        PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE
-    };
-    let target = chunk.target_name();
-    Err(Error::new(code, format!("{more} records that are to be repaired are refused by {target}"))
-        .detail(reason.unwrap_or_default())
-        .hint("Mend what the target refuses them for, then repair the run again."))
+    let more = required(more)?;
+    if more <= 0 {
+        return Ok(());
+    }
+    Err(Error::state(format!(
+        "{more} records that are to be repaired are refused by {}",
+        chunk.target_name()
+    ))
+    .detail(reason.unwrap_or_default())
+    .hint("Mend what the target refuses them for, then repair the run again."))
 }
 
 /// Where the index has these digests, and under which ordinals.

@@ -382,6 +382,68 @@ async fn foreign_keys_are_waited_for() {
     assert_eq!(db.one::<i64>("SELECT count(*) FROM dedup.quarantine").await, 0);
 }
 
+/// Chunks that point at each other: what foreign keys refuse of the first is written when the second is there, and nothing stays set aside.
+#[tokio::test(flavor = "multi_thread")]
+async fn chunks_that_point_at_each_other() {
+    for local in [false, true] {
+        let pair = Pair::start().await;
+        let db = &pair.target;
+        let table =
+            "(id int PRIMARY KEY, next int REFERENCES public.nodes DEFERRABLE, body text CHECK (body <> ''))";
+        let rows = |into: &str| {
+            format!(
+                "INSERT INTO {into} SELECT n, CASE n WHEN 5 THEN 1990 WHEN 1991 THEN 6 END, 'body ' || n FROM generate_series(1, 2000) AS n; ANALYZE {into}"
+            )
+        };
+        pair.both(&format!("CREATE TABLE public.nodes {table}")).await;
+        let repair = if local {
+            db.exec(&format!(
+                "CREATE TABLE public.raw (id int PRIMARY KEY, next int, body text); {}",
+                rows("public.raw")
+            ))
+            .await;
+            let run: String = db.one("SELECT dedup.create_run('local')::text").await;
+            db.exec(&format!("SELECT dedup.add_table('{run}', 'public.raw', 'public.nodes'), dedup.plan_chunks('{run}', 10000)")).await;
+            db.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+            Some(format!("SELECT dedup.repair('{run}')"))
+        } else {
+            pair.source
+                .exec(&format!("BEGIN; SET CONSTRAINTS ALL DEFERRED; {}; COMMIT", rows("public.nodes")))
+                .await;
+            pair.run(&["public.nodes"]).chunk_size("10kB").workers(2).exits(exit::DONE).await;
+            None
+        };
+        let damage =
+            "DELETE FROM public.nodes WHERE id IN (5, 1991); DELETE FROM public.nodes WHERE id IN (6, 1990)";
+        db.exec(damage).await;
+        pair.reconcile().exits(exit::HALTED).await;
+        // A reason that stays: nothing is set aside for it, and the run is not taken for right.
+        db.exec("ALTER TABLE public.nodes ADD CONSTRAINT never CHECK (id <> 1990) NOT VALID").await;
+        match &repair {
+            Some(sql) => drop(db.fails(sql).await),
+            None => drop(pair.repair().exits(exit::ERROR).await),
+        }
+        pair.reconcile().exits(if local { exit::HALTED } else { exit::ERROR }).await;
+        assert_eq!(run_status_of_last(db).await, "halted");
+        db.exec("ALTER TABLE public.nodes DROP CONSTRAINT never").await;
+        match &repair {
+            Some(sql) => db.exec(sql).await,
+            None => drop(pair.repair().workers(2).exits(exit::DONE).await),
+        }
+        assert_eq!(run_status_of_last(db).await, "reconciled");
+        assert_eq!(db.one::<i64>("SELECT count(*) FROM public.nodes").await, 2000);
+        assert_eq!(db.one::<i64>("SELECT count(*) FROM dedup.quarantine").await, 0);
+        assert_eq!(
+            db.one::<i64>("SELECT count(*) FROM dedup.checkpoints WHERE repair_aside IS NOT NULL").await,
+            0
+        );
+    }
+}
+
+async fn run_status_of_last(db: &Db) -> String {
+    db.one("SELECT status FROM dedup.runs ORDER BY created_at DESC LIMIT 1").await
+}
+
 /// A run that is verified at its end is repaired like any other, records that left the source included.
 #[tokio::test(flavor = "multi_thread")]
 async fn verified_at_the_end() {
