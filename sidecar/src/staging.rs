@@ -49,38 +49,43 @@ pub async fn check(job: &Job, target: &str, source: &Session, ends: &Ends) -> Re
     Ok(())
 }
 
-/// What decides about a table's rows: columns, constraints, unique indexes, triggers; names aside.
+/// What decides about a table's rows, and those of its partitions: columns and their types, defaults, constraints, unique indexes, triggers, row
+/// security. Names aside, but for those of columns and types.
 async fn shape(session: &Session, name: &TableName) -> Result<Option<BTreeSet<String>>> {
     let Some(relation) = Relation::find(session, name).await? else { return Ok(None) };
-    let mut shape: BTreeSet<String> = relation
-        .columns
-        .iter()
-        .map(|column| {
-            format!(
-                "column {} {}{}{}{}",
-                column.name,
-                column.kind.declared,
-                if column.not_null { " not null" } else { "" },
-                if column.generated { " generated" } else { "" },
-                if column.identity { " identity" } else { "" }
-            )
-        })
-        .collect();
-    let doing = "reading constraints";
+    let doing = "reading the shape of a table";
     let rows = session
         .client
         .query(
-            "SELECT pg_catalog.pg_get_constraintdef(oid) FROM pg_catalog.pg_constraint WHERE conrelid = $1 AND contype <> 't' \
-             UNION SELECT pg_catalog.substring(pg_catalog.pg_get_indexdef(indexrelid), 'USING .*') || ' (unique index)' \
-                 FROM pg_catalog.pg_index WHERE indrelid = $1 AND indisunique AND indisvalid \
-             UNION SELECT 'trigger ' || pg_catalog.substring(pg_catalog.pg_get_triggerdef(oid), 'TRIGGER \\S+ (.*)') \
-                 FROM pg_catalog.pg_trigger WHERE tgrelid = $1 AND NOT tgisinternal AND tgenabled <> 'D'",
+            "WITH tree AS (SELECT p.relid, CASE WHEN p.relid = $1::oid THEN '' ELSE \
+                     pg_catalog.format('partition %s: ', pg_catalog.pg_get_expr(c.relpartbound, c.oid)) END AS place \
+                 FROM (SELECT $1::oid::regclass AS relid UNION SELECT relid FROM pg_catalog.pg_partition_tree($1::oid::regclass)) AS p JOIN pg_catalog.pg_class AS c ON c.oid = p.relid), \
+             attribute AS (SELECT t.place, a.*, CASE WHEN e.typelem <> 0 AND e.typcategory = 'A' THEN e.typelem ELSE e.oid END AS type \
+                 FROM tree AS t JOIN pg_catalog.pg_attribute AS a ON a.attrelid = t.relid AND a.attnum > 0 AND NOT a.attisdropped \
+                     JOIN pg_catalog.pg_type AS e ON e.oid = a.atttypid) \
+             SELECT place || pg_catalog.format('table of kind %s%s%s', c.relkind, \
+                     CASE WHEN c.relrowsecurity THEN ', row security' ELSE '' END, ', partitioned by ' || pg_catalog.pg_get_partkeydef(c.oid)) \
+                 FROM tree JOIN pg_catalog.pg_class AS c ON c.oid = tree.relid \
+             UNION SELECT pg_catalog.concat_ws(' ', place || 'column ' || a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod), \
+                     'collate ' || nullif(a.attcollation, 0)::pg_catalog.regcollation, CASE WHEN a.attnotnull THEN 'not null' END, \
+                     CASE WHEN a.attidentity <> '' THEN 'identity' END, CASE WHEN a.attgenerated <> '' THEN 'generated' ELSE 'default' END || ' ' || \
+                     (SELECT pg_catalog.pg_get_expr(d.adbin, d.adrelid) FROM pg_catalog.pg_attrdef AS d WHERE d.adrelid = a.attrelid AND d.adnum = a.attnum)) \
+                 FROM attribute AS a \
+             UNION SELECT pg_catalog.format('enum %s: %s', pg_catalog.format_type(e.enumtypid, NULL), pg_catalog.string_agg(e.enumlabel, ', ' ORDER BY e.enumsortorder)) \
+                 FROM pg_catalog.pg_enum AS e WHERE e.enumtypid IN (SELECT type FROM attribute) GROUP BY e.enumtypid \
+             UNION SELECT pg_catalog.concat_ws(' ', 'domain', pg_catalog.format_type(y.oid, NULL), pg_catalog.format_type(y.typbasetype, y.typtypmod), \
+                     CASE WHEN y.typnotnull THEN 'not null' END, \
+                     (SELECT pg_catalog.string_agg(pg_catalog.pg_get_constraintdef(c.oid), ' ' ORDER BY pg_catalog.pg_get_constraintdef(c.oid)) \
+                      FROM pg_catalog.pg_constraint AS c WHERE c.contypid = y.oid)) \
+                 FROM pg_catalog.pg_type AS y WHERE y.typtype = 'd' AND y.oid IN (SELECT type FROM attribute) \
+             UNION SELECT place || pg_catalog.pg_get_constraintdef(c.oid) FROM tree JOIN pg_catalog.pg_constraint AS c ON c.conrelid = tree.relid WHERE c.contype <> 't' \
+             UNION SELECT place || 'unique index ' || pg_catalog.regexp_replace(pg_catalog.substring(pg_catalog.pg_get_indexdef(i.indexrelid), 'USING .*'), ' WITH \\([^)]*\\)', '') \
+                 FROM tree JOIN pg_catalog.pg_index AS i ON i.indrelid = tree.relid WHERE i.indisunique AND i.indisvalid \
+             UNION SELECT place || 'trigger ' || pg_catalog.replace(pg_catalog.pg_get_triggerdef(g.oid), pg_catalog.quote_ident(g.tgname), '…') \
+                 FROM tree JOIN pg_catalog.pg_trigger AS g ON g.tgrelid = tree.relid WHERE NOT g.tgisinternal AND g.tgenabled <> 'D'",
             &[&relation.oid],
         )
         .await
         .at(session.side, doing)?;
-    for row in rows {
-        shape.insert(row.try_get(0).at(session.side, doing)?);
-    }
-    Ok(Some(shape))
+    rows.iter().map(|row| row.try_get(0).at(session.side, doing)).collect::<Result<_>>().map(Some)
 }

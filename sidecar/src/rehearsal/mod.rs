@@ -13,6 +13,7 @@
 mod constraints;
 mod contents;
 mod prediction;
+mod shape;
 mod tally;
 mod trial;
 
@@ -25,10 +26,12 @@ use pg_dedup_record::Batch;
 use pg_dedup_record::fold::Books;
 use tokio::sync::Semaphore;
 
+use self::constraints::Questions;
 use self::contents::Contents;
 use self::prediction::{Prediction, TablePrediction};
-use self::tally::{Standing, Tally};
-use self::trial::Trials;
+use self::shape::Shape;
+use self::tally::{Cast, Outcome, Standing, Tally};
+use self::trial::{OverBudget, Trials};
 use crate::config::{DEFAULT_ERROR_BUDGET, Job};
 use crate::conn::{Endpoint, Role, Session, protocol_error};
 use crate::error::{At, Error, Kind, Result, Side};
@@ -57,7 +60,7 @@ pub struct Rehearsal {
 
 /// Foresees a run and prints what it would come to.
 pub async fn rehearse(job: &Job, rehearsal: Rehearsal, stop: Stop) -> Result<u8> {
-    let ends = Ends::connect(job).await?;
+    let mut ends = Ends::connect(job).await?;
     let source = ends.source.connect(Role::Planner).await?;
     let planned =
         setup::plan_only(job, &ends.source, &ends.source.connect(Role::Admin).await?, &ends.admin).await?;
@@ -77,9 +80,17 @@ pub async fn rehearse(job: &Job, rehearsal: Rehearsal, stop: Stop) -> Result<u8>
     }
     let mut prediction = stage.foresee(job, took);
     prediction.sample = rehearsal.sample;
+    ends.revive().await?;
     let pairs: Vec<&Added> = planned.tables.iter().map(|(pair, _)| pair).collect();
+    let refusing: Vec<i32> = pairs
+        .iter()
+        .zip(&prediction.tables)
+        .filter(|(_, foreseen)| !foreseen.refused.is_empty())
+        .map(|(pair, _)| pair.table_id)
+        .collect();
     for (pair, foreseen) in pairs.iter().zip(&mut prediction.tables) {
-        if stage.parts.get(&pair.table_id).is_some_and(|part| part.occupied && !part.indexed) {
+        let part = &stage.parts[&pair.table_id];
+        if part.occupied && !part.indexed {
             let rows =
                 "which records repeat rows that stand there: they are not indexed (the run does that first)";
             foreseen.not_tried.push(rows.into());
@@ -90,16 +101,26 @@ pub async fn rehearse(job: &Job, rehearsal: Rehearsal, stop: Stop) -> Result<u8>
                 .push("unique constraints and foreign keys: all records are needed for that".into());
             continue;
         }
+        let questions = Questions { pairs: &pairs, refusing: &refusing, occupied: part.occupied };
         let looked = tokio::select! {
-            looked = constraints::look(&source, &ends.admin, pair, &pairs) => looked?,
+            looked = constraints::look(&source, &ends.admin, pair, &questions) => looked,
             () = stop.asked() => {
                 source.cancel().await;
                 ends.admin.cancel().await;
                 return Ok(130);
             }
         };
-        foreseen.refuse(looked.refused);
-        foreseen.not_tried.extend(looked.not_tried);
+        match looked {
+            Ok(looked) => {
+                foreseen.refuse(looked.refused);
+                foreseen.not_tried.extend(looked.not_tried);
+            }
+            // What was read and tried is not thrown away for that.
+            Err(error) => {
+                foreseen.not_tried.push(format!("unique constraints and foreign keys: {error}"));
+                ends.revive().await?;
+            }
+        }
     }
     prediction.judge(rehearsal.deadline);
     prediction.print(job.json)?;
@@ -119,6 +140,8 @@ struct Part {
     indexes: u32,
     /// Layout as the extension takes it.
     layout: serde_json::Value,
+    /// How its temporary tables are made.
+    shape: Shape,
     chunks: u64,
     planned_bytes: u64,
 }
@@ -157,6 +180,7 @@ impl Stage {
                 occupied,
                 indexed,
                 indexes,
+                shape: Shape::of(&ends.admin, pair).await?,
                 layout,
                 chunks: chunks.len() as u64,
                 planned_bytes: chunks.iter().map(|chunk| chunk.bytes).sum(),
@@ -283,8 +307,8 @@ fn by_lot(chunks: &[PlannedChunk], sample: f64) -> Vec<PlannedChunk> {
 async fn occupancy(target: &Session, pair: &Added, layout: &serde_json::Value) -> Result<(bool, bool, u32)> {
     let doing = "looking at the target";
     let sql = format!(
-        "SELECT EXISTS (SELECT FROM {}), EXISTS (SELECT FROM dedup.targets AS g JOIN dedup.segment AS s USING (target_id) \
-             WHERE g.target = $1 AND g.signature = dedup.signature_of($2::jsonb)), \
+        "SELECT EXISTS (SELECT FROM {}), EXISTS (SELECT FROM dedup.targets AS g \
+             WHERE g.target = $1 AND g.indexed_at IS NOT NULL AND g.signature = dedup.signature_of($2::jsonb)), \
              (SELECT pg_catalog.count(*) FROM pg_catalog.pg_index AS i WHERE i.indrelid = $1)",
         pair.target.name.quoted()
     );
@@ -332,7 +356,10 @@ async fn lane(stage: Arc<Stage>) -> Result<()> {
     }
     let Some(mut sessions) = sessions else { return Ok(()) };
     for table_id in stage.parts.keys() {
-        measure(&stage, &mut sessions, *table_id, true).await?;
+        // What this lane wrote last is not measured then; what others did stands for it.
+        if let Err(error) = measure(&stage, &mut sessions, *table_id, true).await {
+            tracing::warn!("{}: {error}", stage.parts[table_id].table.source);
+        }
     }
     tokio::join!(sessions.source.close(), sessions.target.close());
     Ok(())
@@ -366,12 +393,37 @@ async fn rehearse_chunk(
     let standing =
         if part.occupied { look(&sessions.target, part, &read.batch).await? } else { Standing::nothing() };
     let contents = &stage.contents[&part.pair.target.oid];
-    let cast = tally::cast(&read.batch, &standing, &lock(contents));
-    let tried = sessions
-        .trials
-        .attempt(&sessions.target, &part.pair, &read.batch, &cast.candidates, stage.error_budget)
-        .await?;
-    let outcome = tally::outcome(&read.batch, &cast, tried, &mut lock(contents))?;
+    let mut cast = Cast::new(&read.batch, &standing, &lock(contents));
+    let mut fails = false;
+    loop {
+        let candidates = cast.candidates();
+        if candidates.is_empty() {
+            break;
+        }
+        let left = stage.error_budget.saturating_sub(cast.refused());
+        let attempt = sessions.trials.attempt(
+            &sessions.target,
+            &part.pair,
+            &part.shape,
+            &read.batch,
+            &candidates,
+            left,
+        );
+        match attempt.await? {
+            Ok(refused) => cast.tried(refused),
+            Err(OverBudget) => {
+                fails = true;
+                break;
+            }
+        }
+    }
+    // Before anything is added up: what fails from here on is nobody's to try again.
+    measure(stage, sessions, part.pair.table_id, false).await?;
+    let outcome = if fails {
+        Outcome::failed(read.batch.len() as u64)
+    } else {
+        tally::outcome(&read.batch, cast, &standing, &mut lock(contents))?
+    };
     let counts = [
         outcome.records,
         outcome.inserted,
@@ -384,17 +436,16 @@ async fn rehearse_chunk(
     if let Some(tally) = lock(&stage.tallies).get_mut(&part.pair.table_id) {
         tally.add(outcome, chunk.bytes, read.bytes);
     }
-    measure(stage, sessions, part.pair.table_id, false).await?;
     *spent = Some(read.batch);
     Ok(())
 }
 
 async fn measure(stage: &Stage, sessions: &mut Sessions, table_id: i32, all: bool) -> Result<()> {
     let measured = sessions.trials.measure(&sessions.target, table_id, all).await?;
-    if let Some((measured, empty)) = measured
+    if let Some(measured) = measured
         && let Some(tally) = lock(&stage.tallies).get_mut(&table_id)
     {
-        tally.measured(measured, empty);
+        tally.measured(measured);
     }
     Ok(())
 }

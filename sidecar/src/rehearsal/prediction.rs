@@ -92,6 +92,9 @@ pub enum Certainty {
     Estimated,
 }
 
+/// Reason of records whose key another record has, with another content.
+pub const KEY_COLLISION: &str = "key_collision";
+
 /// Records that the target would refuse for one reason.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Refusal {
@@ -118,9 +121,11 @@ impl Refusal {
 }
 
 impl Prediction {
-    /// The exit code that tells it: records would be set aside, or not.
+    /// The exit code that tells it: a chunk would fail or the deadline be missed; records would be set aside; or neither.
     pub fn exit_code(&self) -> u8 {
-        if self.tables.iter().any(|table| !table.refused.is_empty() || table.chunks_over_budget > 0) {
+        if self.deadline_kept == Some(false) || self.tables.iter().any(|table| table.chunks_over_budget > 0) {
+            1
+        } else if self.tables.iter().any(|table| !table.refused.is_empty()) {
             3
         } else {
             0
@@ -173,12 +178,14 @@ impl Prediction {
 }
 
 impl TablePrediction {
-    /// Takes records out that were taken for written and are refused, with what they would take.
-    pub fn refuse(&mut self, refused: Vec<Refusal>) {
-        let records: u64 = refused.iter().map(|refusal| refusal.records).sum();
+    /// Takes records out that were taken for written, or for duplicates of those, and are refused, with what they would take. A record that is
+    /// refused for two reasons is taken out twice.
+    pub fn refuse(&mut self, refused: Vec<(Refusal, u64)>) {
+        let records: u64 = refused.iter().map(|(refusal, _)| refusal.records).sum();
+        let contents: u64 = refused.iter().map(|(_, contents)| contents).sum();
         let written = self.inserted + self.updated;
         if written > 0 {
-            let left = 1.0 - records.min(written) as f64 / written as f64;
+            let left = 1.0 - contents.min(written) as f64 / written as f64;
             for bytes in [
                 &mut self.table_bytes,
                 &mut self.index_bytes,
@@ -188,8 +195,10 @@ impl TablePrediction {
                 *bytes = (*bytes as f64 * left) as u64;
             }
         }
-        self.inserted = self.inserted.saturating_sub(records);
-        self.refused.extend(refused);
+        self.inserted = self.inserted.saturating_sub(contents);
+        self.duplicates = self.duplicates.saturating_sub(records - contents.min(records));
+        self.dedup_ratio = if self.records > 0 { self.duplicates as f64 / self.records as f64 } else { 0.0 };
+        self.refused.extend(refused.into_iter().map(|(refusal, _)| refusal));
     }
 
     fn text(&self) -> String {

@@ -1,6 +1,6 @@
 //! The books of a rehearsal: what would become of each record, and what that adds up to.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use pg_dedup_record::Batch;
 use pg_dedup_record::block::{BlockBuilder, Entry, Stamp};
@@ -9,8 +9,9 @@ use pg_dedup_record::digest::Digest;
 use super::Part;
 use super::contents::{self, Contents};
 use super::prediction::{Certainty, Refusal, TablePrediction};
-use super::trial::{Empty, Measured, Tried};
+use super::trial::{Measured, Sizes, UNIQUE_VIOLATION};
 use crate::error::{Error, Kind, Result, Side};
+use crate::write::RefusedRow;
 
 /// What a row of `dedup.segment_block` or `dedup.ledger_block` takes beyond its block: header, other columns and index entries.
 const BLOCK_OVERHEAD: u64 = 190;
@@ -54,49 +55,88 @@ impl Standing {
 /// Records of one content that are not there yet.
 struct Fresh {
     content: Digest,
-    /// The first of them.
-    first: u32,
-    /// All of them.
     members: Vec<u32>,
     /// It was met in another chunk.
     known: bool,
-    /// The first of them would replace a row.
-    replaces: bool,
 }
 
-/// Who plays what in a chunk.
+/// Why a record is refused: SQLSTATE and constraint.
+type Reason = (String, Option<String>);
+
+/// What is known of a chunk's records, and found out by trying them.
 pub struct Cast {
     fresh: Vec<Fresh>,
-    /// Rows to try, in the order of their contents.
-    pub candidates: Vec<u32>,
     unchanged: u64,
     /// Records whose content the target has.
     losers: Vec<u32>,
+    /// Those of `fresh` that wait for a member to be accepted, and which member is next.
+    open: Vec<(usize, usize)>,
+    /// Member that was accepted.
+    accepted: Vec<Option<usize>>,
+    refused: BTreeMap<Reason, u64>,
 }
 
-/// Says of each record what would become of it, as far as that is known before it is tried.
-pub fn cast(batch: &Batch, standing: &Standing, contents: &Contents) -> Cast {
-    let groups = batch.groups();
-    let mut cast = Cast { fresh: Vec::new(), candidates: Vec::new(), unchanged: 0, losers: Vec::new() };
-    for g in 0..groups.len() {
-        let content = *groups.digest(g);
-        let members = groups.members(g);
-        let same = members.iter().filter(|row| standing.is_same(**row)).count() as u64;
-        let others = members.iter().copied().filter(|row| !standing.is_same(*row));
-        cast.unchanged += same;
-        if same > 0 || members.iter().any(|row| standing.has_content(*row)) {
-            cast.losers.extend(others);
-            continue;
+impl Cast {
+    /// Says of each record what would become of it, as far as that is known before it is tried.
+    pub fn new(batch: &Batch, standing: &Standing, contents: &Contents) -> Cast {
+        let groups = batch.groups();
+        let mut cast = Cast {
+            fresh: Vec::new(),
+            unchanged: 0,
+            losers: Vec::new(),
+            open: Vec::new(),
+            accepted: Vec::new(),
+            refused: BTreeMap::new(),
+        };
+        for g in 0..groups.len() {
+            let content = *groups.digest(g);
+            let members = groups.members(g);
+            let same = members.iter().filter(|row| standing.is_same(**row)).count() as u64;
+            let others = members.iter().copied().filter(|row| !standing.is_same(*row));
+            cast.unchanged += same;
+            if same > 0 || members.iter().any(|row| standing.has_content(*row)) {
+                cast.losers.extend(others);
+                continue;
+            }
+            let known = contents.has(&content);
+            if !known {
+                cast.open.push((cast.fresh.len(), 0));
+            }
+            cast.fresh.push(Fresh { content, members: others.collect(), known });
         }
-        let members: Vec<u32> = others.collect();
-        let Some(&first) = members.first() else { continue };
-        let known = contents.has(&content);
-        if !known {
-            cast.candidates.push(first);
-        }
-        cast.fresh.push(Fresh { content, first, members, known, replaces: standing.has_key(first) });
+        cast.accepted = vec![None; cast.fresh.len()];
+        cast
     }
-    cast
+
+    /// Records to try next: of each content that has no row yet the next one, as a run does it.
+    pub fn candidates(&self) -> Vec<u32> {
+        self.open.iter().map(|(fresh, member)| self.fresh[*fresh].members[*member]).collect()
+    }
+
+    /// Takes up which of them the target refuses.
+    pub fn tried(&mut self, refused: Vec<RefusedRow>) {
+        let mut reasons: HashMap<u32, Reason> = HashMap::new();
+        for row in refused.into_iter().filter(|row| row.refusal.sqlstate != UNIQUE_VIOLATION) {
+            let constraint = row.constraint.map(|(_, name)| name);
+            reasons.insert(row.row, (row.refusal.sqlstate, constraint));
+        }
+        for (fresh, member) in std::mem::take(&mut self.open) {
+            let members = &self.fresh[fresh].members;
+            let Some(reason) = reasons.remove(&members[member]) else {
+                self.accepted[fresh] = Some(member);
+                continue;
+            };
+            *self.refused.entry(reason).or_default() += 1;
+            if member + 1 < members.len() {
+                self.open.push((fresh, member + 1));
+            }
+        }
+    }
+
+    /// Records that the target refuses.
+    pub fn refused(&self) -> u64 {
+        self.refused.values().sum()
+    }
 }
 
 /// What came of a chunk.
@@ -112,16 +152,29 @@ pub struct Outcome {
     pub unchanged: u64,
     /// Records that would be dropped, as far as is known.
     pub duplicates: u64,
-    /// Of these, records whose content the target had before.
+    /// The chunk would fail.
+    failed: bool,
+    /// Of the duplicates, records whose content the target had before.
     of_target: u64,
     /// Records that had the content of another before them, or as many as those stand for.
     repeated: f64,
     /// Different contents.
     contents: u64,
-    refused: BTreeMap<(String, Option<String>), u64>,
-    over_budget: bool,
+    refused: BTreeMap<Reason, u64>,
     entries: Packed,
     losers: Packed,
+}
+
+impl Outcome {
+    /// Of a chunk that would fail: nothing of it is written.
+    pub fn failed(records: u64) -> Outcome {
+        Outcome { records, failed: true, ..Outcome::default() }
+    }
+
+    /// Records that the target refuses.
+    pub fn refused_records(&self) -> u64 {
+        self.refused.values().sum()
+    }
 }
 
 /// Entries in blocks.
@@ -143,56 +196,40 @@ impl Packed {
     }
 }
 
-impl Outcome {
-    /// Records that the target refuses.
-    pub fn refused_records(&self) -> u64 {
-        self.refused.values().sum()
-    }
-}
-
 /// Adds up what became of a chunk, and remembers its contents.
-pub fn outcome(batch: &Batch, cast: &Cast, tried: Tried, contents: &mut Contents) -> Result<Outcome> {
+pub fn outcome(batch: &Batch, cast: Cast, standing: &Standing, contents: &mut Contents) -> Result<Outcome> {
     let mut outcome = Outcome {
         records: batch.len() as u64,
         unchanged: cast.unchanged,
         duplicates: cast.losers.len() as u64,
         of_target: cast.losers.len() as u64,
-        over_budget: tried.over_budget,
         ..Outcome::default()
     };
-    let mut refused: BTreeMap<u32, (String, Option<String>)> = BTreeMap::new();
-    for row in tried.refused {
-        let constraint = row.constraint.map(|(_, name)| name);
-        refused.insert(row.row, (row.refusal.sqlstate, constraint));
-    }
     let mut written = Packer::new(batch);
     let mut dropped = Packer::new(batch);
-    for fresh in &cast.fresh {
-        let records = fresh.members.len() as u64;
-        match refused.get(&fresh.first) {
-            // Two rows of a trial may share a value that is unique; how many do in all, a query tells.
-            Some((sqlstate, _)) if sqlstate == "23505" => {}
-            Some(reason) => {
-                *outcome.refused.entry(reason.clone()).or_default() += records;
-                continue;
+    for (fresh, accepted) in cast.fresh.iter().zip(&cast.accepted) {
+        let losers = match accepted {
+            _ if fresh.known => &fresh.members[..],
+            Some(member) => {
+                let row = fresh.members[*member];
+                let replaces = standing.has_key(row);
+                outcome.updated += u64::from(replaces);
+                outcome.inserted += u64::from(!replaces);
+                written.push(&fresh.content, row)?;
+                &fresh.members[member + 1..]
             }
-            None => {}
-        }
-        outcome.contents += 1;
-        outcome.repeated += contents.add(&fresh.content, fresh.members.len() as u32);
-        let losers = if fresh.known {
-            &fresh.members[..]
-        } else {
-            outcome.updated += u64::from(fresh.replaces);
-            outcome.inserted += u64::from(!fresh.replaces);
-            written.push(&fresh.content, fresh.first)?;
-            &fresh.members[1..]
+            // All of them are refused.
+            None => continue,
         };
+        let records = losers.len() as u32 + u32::from(!fresh.known);
+        outcome.contents += 1;
+        outcome.repeated += contents.add(&fresh.content, records);
         outcome.duplicates += losers.len() as u64;
         for loser in losers {
             dropped.push(&fresh.content, *loser)?;
         }
     }
+    outcome.refused = cast.refused;
     outcome.entries = written.finish();
     outcome.losers = dropped.finish();
     Ok(outcome)
@@ -249,12 +286,12 @@ pub struct Tally {
     repeated: f64,
     /// Sum of the different contents of each chunk.
     contents: u64,
-    refused: BTreeMap<(String, Option<String>), u64>,
-    over_budget: u64,
+    refused: BTreeMap<Reason, u64>,
+    failed_chunks: u64,
+    failed: u64,
     entries: Packed,
     losers: Packed,
     measured: Measured,
-    empty: Empty,
 }
 
 impl Tally {
@@ -271,26 +308,29 @@ impl Tally {
         for (reason, records) in outcome.refused {
             *self.refused.entry(reason).or_default() += records;
         }
-        self.over_budget += u64::from(outcome.over_budget);
+        if outcome.failed {
+            self.failed_chunks += 1;
+            self.failed += outcome.records;
+        }
         self.entries.add(outcome.entries);
         self.losers.add(outcome.losers);
     }
 
     /// Rows were measured.
-    pub fn measured(&mut self, measured: Measured, empty: Empty) {
+    pub fn measured(&mut self, measured: Measured) {
         self.measured.rows += measured.rows;
-        self.measured.table_bytes += measured.table_bytes;
-        self.measured.index_bytes += measured.index_bytes;
-        self.empty = empty;
+        self.measured.grown.table_bytes += measured.grown.table_bytes;
+        self.measured.grown.index_bytes += measured.grown.index_bytes;
+        self.measured.empty = measured.empty;
     }
 
     fn refused_records(&self) -> u64 {
         self.refused.values().sum()
     }
 
-    /// Records that compete for contents: neither refused, nor there already, nor dropped for what the target had.
+    /// Records that compete for contents: neither refused, nor of a chunk that fails, nor there already, nor dropped for what the target had.
     fn competing(&self) -> f64 {
-        (self.records - self.unchanged - self.of_target - self.refused_records()) as f64
+        (self.records - self.failed - self.unchanged - self.of_target - self.refused_records()) as f64
     }
 }
 
@@ -329,17 +369,18 @@ pub fn foresee(parts: &[(&Part, &Tally)], contents: &Contents) -> Vec<TablePredi
         let refused = tally.refused_records() as f64 * scale;
         let updated = tally.updated as f64 * scale;
         let unchanged = tally.unchanged as f64 * scale;
-        let inserted = (records - duplicates - refused - updated - unchanged).max(0.0);
+        let failed = tally.failed as f64 * scale;
+        let inserted = (records - failed - duplicates - refused - updated - unchanged).max(0.0);
         let written = inserted + updated;
         let per_row = |bytes: u64| {
             if tally.measured.rows == 0 { 0.0 } else { bytes as f64 / tally.measured.rows as f64 }
         };
-        let empty = if part.occupied { Empty::default() } else { tally.empty };
+        let empty = if part.occupied { Sizes::default() } else { tally.measured.empty };
         let growth = |bytes: u64, empty: u64| {
             if written == 0.0 { 0 } else { empty + (per_row(bytes) * written) as u64 }
         };
-        let table_bytes = growth(tally.measured.table_bytes, empty.table_bytes);
-        let index_bytes = growth(tally.measured.index_bytes, empty.index_bytes);
+        let table_bytes = growth(tally.measured.grown.table_bytes, empty.table_bytes);
+        let index_bytes = growth(tally.measured.grown.index_bytes, empty.index_bytes);
         let hash_index_bytes = tally.entries.bytes_of(written);
         let ledger_bytes = tally.losers.bytes_of(duplicates);
         let index_entries = written * f64::from(part.indexes);
@@ -370,13 +411,13 @@ pub fn foresee(parts: &[(&Part, &Tally)], contents: &Contents) -> Vec<TablePredi
                     Refusal::new(sqlstate, constraint.clone(), scaled(*records))
                 })
                 .collect(),
-            chunks_over_budget: scaled(tally.over_budget),
+            chunks_over_budget: scaled(tally.failed_chunks),
             table_bytes,
             index_bytes,
             hash_index_bytes,
             ledger_bytes,
             wal_bytes,
-            not_tried: Vec::new(),
+            not_tried: part.shape.not_tried.clone(),
         }
     };
     parts.iter().map(each).collect()
