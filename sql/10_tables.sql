@@ -97,6 +97,48 @@ COMMENT ON COLUMN dedup.workers.started_at IS 'first sign of life';
 COMMENT ON COLUMN dedup.workers.info IS 'host, pid, version, rates: as the worker reports them';
 
 -- ---------------------------------------------------------------------------------------------------------
+CREATE TABLE dedup.throttle (
+    run_id           uuid PRIMARY KEY REFERENCES dedup.runs,
+    cap              bigint CHECK (cap > 0),
+    byte_rate        bigint CHECK (byte_rate > 0),
+    active_chunks    int CHECK (active_chunks > 0),
+    state            text NOT NULL DEFAULT 'free' CHECK (state IN ('free', 'slowed', 'recovering')),
+    reason           text,
+    signals          jsonb NOT NULL DEFAULT '{}',
+    controller       jsonb NOT NULL DEFAULT '{}',
+    changed_at       timestamptz,
+    decided_at       timestamptz,
+    decided_by       uuid
+) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
+COMMENT ON TABLE  dedup.throttle IS 'how fast a run may go, and why: what all of its workers go by, decided once a second by one of them';
+COMMENT ON COLUMN dedup.throttle.run_id IS 'the run';
+COMMENT ON COLUMN dedup.throttle.cap IS 'bytes a second that dedup.set_rate allows; null: no cap';
+COMMENT ON COLUMN dedup.throttle.byte_rate IS 'bytes a second that source and target bear by their signals; null: as many as there are';
+COMMENT ON COLUMN dedup.throttle.active_chunks IS 'chunks that may be worked on at a time; null: as many as there are workers';
+COMMENT ON COLUMN dedup.throttle.state IS 'free (no limit by signals), slowed (a signal was bad), recovering (signals are good, the rate rises)';
+COMMENT ON COLUMN dedup.throttle.reason IS 'the signals that were bad when it was last slowed';
+COMMENT ON COLUMN dedup.throttle.signals IS 'the signals as they were last read';
+COMMENT ON COLUMN dedup.throttle.controller IS 'what the next decision goes on from';
+COMMENT ON COLUMN dedup.throttle.changed_at IS 'when the limits last changed';
+COMMENT ON COLUMN dedup.throttle.decided_at IS 'when it was last decided';
+COMMENT ON COLUMN dedup.throttle.decided_by IS 'the process that decided, in dedup.processes';
+
+CREATE TABLE dedup.processes (
+    process_id       uuid PRIMARY KEY,
+    run_id           uuid NOT NULL REFERENCES dedup.runs,
+    reported_at      timestamptz NOT NULL,
+    lanes            int NOT NULL CHECK (lanes > 0),
+    bytes_per_second float8 NOT NULL
+) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
+CREATE INDEX processes_run ON dedup.processes (run_id);
+COMMENT ON TABLE  dedup.processes IS 'processes that work on a run, and how fast each reads: they share its rate';
+COMMENT ON COLUMN dedup.processes.process_id IS 'the process, chosen by itself';
+COMMENT ON COLUMN dedup.processes.run_id IS 'the run it works on';
+COMMENT ON COLUMN dedup.processes.reported_at IS 'when it last reported, by this server''s clock';
+COMMENT ON COLUMN dedup.processes.lanes IS 'chunks that it has in hand at a time';
+COMMENT ON COLUMN dedup.processes.bytes_per_second IS 'bytes of the source that it read in the last second';
+
+-- ---------------------------------------------------------------------------------------------------------
 CREATE TABLE dedup.checkpoints (
     run_id               uuid NOT NULL,
     chunk_id             text NOT NULL,
@@ -633,7 +675,7 @@ DECLARE
 BEGIN
     FOREACH name IN ARRAY ARRAY['dedup.ordinal_seq', 'dedup.segment_id_seq', 'dedup.targets_target_id_seq', 'dedup.quarantine_quarantine_id_seq',
     'dedup.events_event_id_seq', 'dedup.reconciliations_reconciliation_id_seq', 'dedup.divergences_divergence_id_seq', 'dedup.rollbacks_rollback_id_seq',
-    'dedup.left_alone_left_alone_id_seq', 'dedup.targets', 'dedup.runs', 'dedup.run_tables', 'dedup.workers', 'dedup.checkpoints', 'dedup.ordinals',
+    'dedup.left_alone_left_alone_id_seq', 'dedup.targets', 'dedup.runs', 'dedup.run_tables', 'dedup.workers', 'dedup.throttle', 'dedup.processes', 'dedup.checkpoints', 'dedup.ordinals',
     'dedup.segment', 'dedup.segment_block', 'dedup.ledger_block', 'dedup.before_images', 'dedup.unchanged_rows', 'dedup.pass_keys', 'dedup.quarantine', 'dedup.reconciliations', 'dedup.sampled_keys', 'dedup.reconciled_chunks',
     'dedup.divergences', 'dedup.rollbacks', 'dedup.rollback_steps', 'dedup.left_alone', 'dedup.events']::regclass[]
     LOOP

@@ -199,6 +199,7 @@ DECLARE
     hint text;
     unreferenced bigint;
     late int;
+    began timestamptz;
 BEGIN
     PERFORM dedup.must_own(run);
     -- On its own, so that sessions that share the run do not wait for this one's first chunk.
@@ -226,6 +227,7 @@ BEGIN
                 END IF;
                 attempt := attempt OPERATOR(pg_catalog.+) 1;
                 again := false;
+                began := pg_catalog.clock_timestamp();
                 BEGIN
                     PERFORM dedup.migrate_chunk(run, chunk);
                 EXCEPTION WHEN OTHERS THEN
@@ -246,6 +248,7 @@ BEGIN
                     END IF;
                 END;
                 COMMIT;
+                PERFORM pg_catalog.pg_sleep(dedup.pause_after(run, chunk, began));
                 EXIT WHEN NOT again;
                 PERFORM pg_catalog.pg_sleep(pg_catalog.random() OPERATOR(pg_catalog.*) 0.2::pg_catalog.float8 OPERATOR(pg_catalog.*) attempt::pg_catalog.float8);
             END LOOP;

@@ -80,6 +80,7 @@ CREATE FUNCTION dedup.lease_chunk(run uuid, worker uuid, OUT chunk_id text, OUT 
 LANGUAGE plpgsql ROWS 1 SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     r dedup.runs := dedup.run_row(run);
+    most int;
     ready int[];
     picked dedup.checkpoints;
 BEGIN
@@ -89,6 +90,10 @@ BEGIN
         RETURN;
     END IF;
     PERFORM dedup.end_stale_leases(run);
+    most := (SELECT t.active_chunks FROM dedup.throttle AS t WHERE t.run_id = run);
+    IF most IS NOT NULL AND most <= (SELECT count(*) FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.status = 'syncing' AND c.written_at IS NULL) THEN
+        RETURN;
+    END IF;
     -- Of sources that the worker reads: tables whose parents are written (a repair also deletes, children first) and that nobody takes rows out of, once a lease and not once a chunk; a scalar look-up a parent, so that an index answers it.
     ready := ARRAY(SELECT t.table_id FROM dedup.run_tables AS t WHERE t.run_id = run AND NOT coalesce(t.source_spec ? 'local', false) AND dedup.run_rolling_back(t.target_id) IS NULL AND (r.status = 'halted' OR NOT EXISTS (SELECT FROM unnest(t.depends_on) AS p(id)
         WHERE (SELECT true FROM dedup.checkpoints AS parent WHERE parent.run_id = run AND parent.table_id = p.id

@@ -73,6 +73,7 @@ extension_sql_file!(
     requires = ["complete", "lease", local::run_chunk]
 );
 extension_sql_file!("../../sql/40_lease.sql", name = "lease", requires = ["runs"]);
+extension_sql_file!("../../sql/42_throttle.sql", name = "throttle", requires = ["lease", disk::disk_space]);
 extension_sql_file!("../../sql/45_views.sql", name = "views", requires = ["tables", index::ledger_entries]);
 extension_sql_file!(
     "../../sql/50_complete.sql",

@@ -129,6 +129,18 @@ pub struct RunArgs {
     /// Take the rows that stand in a target as not there: don't hash them before the first chunk
     #[arg(long)]
     pub no_index_existing: bool,
+    /// Bytes a second that the throttle never slows the run below [default: 1MB]
+    #[arg(long, value_name = "BYTES")]
+    pub min_rate: Option<String>,
+    /// Bytes a second that all workers of the run read together, at most
+    #[arg(long, value_name = "BYTES")]
+    pub max_rate: Option<String>,
+    /// SQL on the target that the throttle asks every second, too: above 0 means back off
+    #[arg(long, value_name = "SQL")]
+    pub throttle_query: Option<String>,
+    /// Pay no heed to what source and target bear; dedup.set_rate and --max-rate still count
+    #[arg(long)]
+    pub no_throttle: bool,
     /// Run into this database instead, whose tables are like the target's: to see what comes of content columns, filters and transforms
     #[arg(long, value_name = "URL", conflicts_with_all = ["resume", "dry_run"])]
     pub staging: Option<String>,

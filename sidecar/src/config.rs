@@ -17,7 +17,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::cli::{
     DoctorArgs, EndpointArgs, FileArgs, ReconcileArgs, RepairArgs, RollbackArgs, RunArgs, StatusArgs,
@@ -46,6 +46,36 @@ pub struct TableOptions {
     pub filter: Option<String>,
     /// Target column → SQL expression on the source.
     pub transforms: BTreeMap<String, String>,
+}
+
+/// How a run is throttled, as it is stored with it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ThrottleOptions {
+    /// Not by signals.
+    #[serde(skip_serializing_if = "is_false")]
+    pub off: bool,
+    /// Bytes a second that it is never slowed below; none: 1 MB.
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "bytes")]
+    pub min_rate: Option<u64>,
+    /// Bytes a second that it never reads above.
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "bytes")]
+    pub max_rate: Option<u64>,
+    /// SQL on the target: above 0 means back off.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub query: Option<String>,
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
+fn bytes<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<u64>, D::Error> {
+    match Option::<Size>::deserialize(deserializer)? {
+        None => Ok(None),
+        Some(Size::Bytes(bytes)) => Ok(Some(bytes)),
+        Some(Size::Text(text)) => parse_bytes(&text).map(Some).map_err(serde::de::Error::custom),
+    }
 }
 
 /// A job as a person described it.
@@ -77,6 +107,8 @@ pub struct Job {
     pub lease_seconds: Option<u32>,
     /// Whether rows that stand in a target are hashed before the first chunk.
     pub index_existing: bool,
+    /// How the run is throttled.
+    pub throttle: ThrottleOptions,
     /// JSON on standard output.
     pub json: bool,
 }
@@ -93,6 +125,11 @@ impl Job {
         if args.no_index_existing {
             file.index_existing = Some(false);
         }
+        let rate = |text: &Option<String>| text.as_deref().map(parse_bytes).transpose();
+        file.throttle.off |= args.no_throttle;
+        file.throttle.min_rate = rate(&args.min_rate)?.or(file.throttle.min_rate);
+        file.throttle.max_rate = rate(&args.max_rate)?.or(file.throttle.max_rate);
+        file.throttle.query = args.throttle_query.clone().or(file.throttle.query);
         let mut job = file.into_job()?;
         job.apply_tables(&args.tables)?;
         job.json = args.file.json;
@@ -230,6 +267,8 @@ struct FileConfig {
     lease_seconds: Option<u32>,
     index_existing: Option<bool>,
     #[serde(default)]
+    throttle: ThrottleOptions,
+    #[serde(default)]
     schemas: Vec<String>,
     #[serde(default, rename = "table")]
     tables: Vec<FileTable>,
@@ -306,7 +345,17 @@ impl FileConfig {
         if self.lease_seconds.is_some_and(|seconds| !(10..=86_400).contains(&seconds)) {
             return Err(Error::usage("lease_seconds is out of range").hint("between 10 and 86400"));
         }
+        let throttle = self.throttle;
+        if throttle.min_rate == Some(0) || throttle.max_rate == Some(0) {
+            return Err(Error::usage("a rate of 0 is no rate").hint("dedup.pause_run stops a run"));
+        }
+        if let (Some(least), Some(most)) = (throttle.min_rate, throttle.max_rate)
+            && least > most
+        {
+            return Err(Error::usage("the least rate is above the highest"));
+        }
         let mut job = Job {
+            throttle,
             source: self.source.unwrap_or_default(),
             target: self.target.unwrap_or_default(),
             schemas: self.schemas,

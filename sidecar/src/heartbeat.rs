@@ -65,12 +65,12 @@ impl Heartbeat {
         target: Arc<Endpoint>,
         run: Uuid,
         identities: Identities,
-    ) -> Result<(Heartbeat, RunStatus)> {
+    ) -> Result<(Heartbeat, watch::Sender<String>)> {
         let session = target.connect(Role::Heartbeat).await?;
         let status = beat(&session, run, &identities).await?.unwrap_or_default();
-        let (sender, receiver) = watch::channel(status);
-        let task = tokio::spawn(go_on(target, session, run, identities, sender));
-        Ok((Heartbeat { task }, receiver))
+        let (sender, _) = watch::channel(status);
+        let task = tokio::spawn(go_on(target, session, run, identities, sender.clone()));
+        Ok((Heartbeat { task }, sender))
     }
 }
 

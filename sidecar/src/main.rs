@@ -69,6 +69,7 @@ mod status;
 mod stop;
 mod summary;
 mod tables;
+mod throttle;
 mod tls;
 mod verdict;
 mod worker;

@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use crate::conn::Session;
 use crate::error::{At, Result};
+use crate::throttle::Throttle;
 use pg_dedup_record::fold::Books;
 
 /// What this process has done, for all its workers.
@@ -32,6 +33,8 @@ pub struct Counters {
     pub left_alone: AtomicU64,
     /// Committed chunks.
     pub chunks: AtomicU64,
+    /// How fast it may read.
+    pub throttle: Throttle,
 }
 
 impl Counters {
@@ -182,7 +185,10 @@ impl Progress {
                 while window.len() > 2 && window[1].at.elapsed() > WINDOW {
                     window.pop_front();
                 }
-                let line = line(&window[0], &now, &plan);
+                let mut line = line(&window[0], &now, &plan);
+                if let Some(note) = counters.throttle.note() {
+                    line.push_str(&format!(", {note}"));
+                }
                 match &shown {
                     Some(bar) => {
                         bar.set_position((plan.done_bytes + now.seen).min(plan.total_bytes.max(1)));

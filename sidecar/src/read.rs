@@ -81,6 +81,7 @@ async fn copy_out(
     let mut stream = std::pin::pin!(stream);
     while let Some(piece) = stream.try_next().await.with_records(Side::Source, doing)? {
         in_flight.add(piece.len() as u64);
+        in_flight.counters.throttle.pace(piece.len()).await;
         builder.push(&piece).map_err(malformed)?;
     }
     builder.finish().map_err(malformed)

@@ -28,6 +28,7 @@ use crate::setup;
 use crate::source::{Range, RangeKind};
 use crate::stop::Stop;
 use crate::tables::{self, TableWork};
+use crate::throttle::Flow;
 use crate::verdict::Verdict;
 use crate::worker;
 
@@ -131,6 +132,16 @@ pub async fn pass(job: &Job, wanted: &str, extent: Extent, stop: Stop) -> Result
         stop: stop.clone(),
     });
     {
+        let _throttling = Flow {
+            source: Some(pass.source.clone()),
+            target: pass.target.clone(),
+            run: run.run_id,
+            lanes: worker::lanes(job.workers),
+            counters: pass.counters.clone(),
+            status: None,
+        }
+        .start()
+        .await;
         let _progress = Progress::show(counters, plan);
         compare(&pass, job.workers).await.map_err(resumable)?;
     }

@@ -26,6 +26,7 @@ use crate::retry::patiently;
 use crate::runs::{self, Run};
 use crate::stop::Stop;
 use crate::summary::print;
+use crate::throttle::Flow;
 use crate::worker;
 
 /// How long a lane waits for others that are in its way.
@@ -92,9 +93,20 @@ pub async fn rollback(job: &Job, wanted: &Wanted, stop: Stop) -> Result<u8> {
         counters: counters.clone(),
         busy: AtomicUsize::new(0),
         undone: AtomicU64::new(0),
+        row_bytes: row_bytes(&admin, run.run_id).await?,
         stop: stop.clone(),
     });
     {
+        let _throttling = Flow {
+            source: None,
+            target: rolling.target.clone(),
+            run: run.run_id,
+            lanes: job.workers,
+            counters: counters.clone(),
+            status: None,
+        }
+        .start()
+        .await;
         let _progress = Progress::show(counters, plan);
         let mut lanes = tokio::task::JoinSet::new();
         for _ in 0..job.workers {
@@ -108,6 +120,14 @@ pub async fn rollback(job: &Job, wanted: &Wanted, stop: Stop) -> Result<u8> {
         return Ok(130);
     }
     tell(job, &Outcome::conclude(&admin, id, &run).await.map_err(resumable)?)
+}
+
+/// Bytes that a record of the run was in its source, about.
+async fn row_bytes(admin: &Session, run: Uuid) -> Result<u64> {
+    let doing = "reading the books";
+    let sql = "SELECT coalesce(sum(source_bytes) / nullif(sum(source_count), 0), 0)::int8 FROM dedup.checkpoints WHERE run_id = $1";
+    let row = admin.client.query_one(sql, &[&run]).await.at(Side::Target, doing)?;
+    Ok(row.try_get::<_, i64>(0).at(Side::Target, doing)?.unsigned_abs())
 }
 
 /// Prints what became of the rows; answers the exit code that says it.
@@ -208,6 +228,8 @@ struct Rolling {
     busy: AtomicUsize,
     /// Steps done.
     undone: AtomicU64,
+    /// Bytes that a row was in its source, about.
+    row_bytes: u64,
     stop: Stop,
 }
 
@@ -236,6 +258,8 @@ async fn lane(rolling: Arc<Rolling>) -> Result<()> {
             "undone" => {
                 rolling.undone.fetch_add(1, Ordering::SeqCst);
                 rolling.counters.taken_back(step.rows, step.left_alone);
+                let bytes = usize::try_from(step.rows * rolling.row_bytes).unwrap_or(usize::MAX);
+                rolling.counters.throttle.pace(bytes).await;
                 failpoint::reach(Failpoint::AfterCommit).await;
             }
             state => {

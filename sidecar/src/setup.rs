@@ -121,6 +121,7 @@ async fn create_in_transaction(
             "chunk_bytes": job.chunk_bytes,
             "error_budget": job.error_budget.unwrap_or(DEFAULT_ERROR_BUDGET),
             "index_existing": job.index_existing,
+            "throttle": job.throttle,
         },
     });
     if let Some(seconds) = job.lease_seconds {

@@ -23,6 +23,7 @@ use crate::read;
 use crate::run::LEFT_TO_THE_DATABASE;
 use crate::stop::Stop;
 use crate::tables::TableWork;
+use crate::throttle::Flow;
 
 /// What the workers of a process share.
 pub struct Crew {
@@ -113,7 +114,18 @@ pub async fn work(crew: Arc<Crew>, workers: u16) -> Result<()> {
     let ids: Vec<Uuid> = (0..lanes(workers)).map(|_| identities.take()).collect();
     let turns =
         Arc::new(Turns { reading: Semaphore::new(workers.into()), writing: Semaphore::new(workers.into()) });
-    let (_heartbeat, status) = Heartbeat::start(crew.target.clone(), crew.run, identities.clone()).await?;
+    let (_heartbeat, told) = Heartbeat::start(crew.target.clone(), crew.run, identities.clone()).await?;
+    let status = told.subscribe();
+    let _throttling = Flow {
+        source: Some(crew.source.clone()),
+        target: crew.target.clone(),
+        run: crew.run,
+        lanes: lanes(workers),
+        counters: crew.counters.clone(),
+        status: Some(told),
+    }
+    .start()
+    .await;
     let mut tasks = tokio::task::JoinSet::new();
     for id in ids {
         let worker = Worker {

@@ -55,8 +55,13 @@ impl Pair {
             .arg(self.target_cluster.url(DATABASE))
     }
 
-    /// `run` of some tables, with chunks small enough that a test has several.
+    /// `run` of some tables. How busy the machine of the tests is decides about no test: no heed is paid to signals.
     pub fn run(&self, tables: &[&str]) -> Invocation {
+        self.throttled_run(tables).arg("--no-throttle")
+    }
+
+    /// The same, throttled.
+    pub fn throttled_run(&self, tables: &[&str]) -> Invocation {
         tables.iter().fold(self.sidecar("run"), |run, table| run.arg("--table").arg(*table))
     }
 

@@ -23,6 +23,7 @@ mod second_run;
 mod shapes;
 mod sql_source;
 mod stop;
+mod throttle;
 mod tls;
 mod types;
 mod verification;

@@ -1,0 +1,353 @@
+//! The throttle: how fast this process reads, and its part in deciding how fast all of them may.
+//!
+//! ```text
+//!   lanes ──bytes──▶ pace                                    once a second, each process
+//!                     ▲  share of the rate      throttle_report ──▶ turn? ──▶ controller ──▶ throttle_decide
+//!                     └───────────────────────────────┘               ▲
+//!                       source: probes, sessions, snapshots ──────────┤ signals
+//!                       target: probes, sessions, lag, WAL, disk ─────┘
+//! ```
+//!
+//! The limits stand in the target's `dedup.throttle`, so that all workers of a run obey one; whichever process comes first in a second decides.
+
+mod controller;
+mod signals;
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_speed_limit::Limiter;
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use uuid::Uuid;
+
+use self::controller::{Bounds, Limits, Memory};
+use self::signals::{Latency, Thresholds};
+use crate::conn::{Endpoint, Role, Session};
+use crate::error::{At, Error, Result, Side};
+use crate::progress::Counters;
+
+/// Time between two reports.
+const REPORT: Duration = Duration::from_secs(1);
+/// Time between two probes.
+const PROBE: Duration = Duration::from_millis(100);
+/// Bytes a second that a run is never slowed below, unless it says otherwise.
+const LEAST_RATE: f64 = 1e6;
+
+/// How fast this process may read.
+pub struct Throttle {
+    limiter: Limiter,
+    /// Why it is slowed, and to what.
+    note: Mutex<Option<String>>,
+}
+
+impl Default for Throttle {
+    fn default() -> Throttle {
+        Throttle { limiter: Limiter::new(f64::INFINITY), note: Mutex::default() }
+    }
+}
+
+impl std::fmt::Debug for Throttle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Throttle")
+            .field("limit", &self.limiter.speed_limit())
+            .field("note", &self.note())
+            .finish()
+    }
+}
+
+impl Throttle {
+    /// Waits until so many bytes more may have been read.
+    pub async fn pace(&self, bytes: usize) {
+        self.limiter.consume(bytes).await;
+    }
+
+    /// Why and to what the process is slowed.
+    pub fn note(&self) -> Option<String> {
+        self.note.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn allow(&self, rate: Option<f64>, reason: Option<String>) {
+        let limit = rate.unwrap_or(f64::INFINITY);
+        if self.limiter.speed_limit() != limit {
+            self.limiter.set_speed_limit(limit);
+        }
+        let note = rate.map(|rate| {
+            let why = reason.map(|reason| format!(": {reason}")).unwrap_or_default();
+            format!("slowed to {:.1} MB/s{why}", rate / 1e6)
+        });
+        *self.note.lock().unwrap_or_else(PoisonError::into_inner) = note;
+    }
+}
+
+/// Reports, and decides when it is this process's turn, until dropped.
+pub struct Throttling {
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Throttling {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// What a process throttles.
+pub struct Flow {
+    /// The source, where it is read.
+    pub source: Option<Arc<Endpoint>>,
+    /// The target.
+    pub target: Arc<Endpoint>,
+    /// The run.
+    pub run: Uuid,
+    /// Chunks in hand at a time.
+    pub lanes: u16,
+    /// With the throttle that lanes go by.
+    pub counters: Arc<Counters>,
+    /// Who is told the run's status.
+    pub status: Option<watch::Sender<String>>,
+}
+
+impl Flow {
+    /// Reports once, so that nothing is read faster than it may, and goes on reporting.
+    pub async fn start(self) -> Throttling {
+        let mut reporter = Reporter::new(self);
+        let joined = async {
+            reporter.connect().await?;
+            reporter.report().await
+        };
+        if let Err(error) = joined.await {
+            tracing::debug!("throttle: {error}");
+        }
+        Throttling { task: tokio::spawn(reporter.go_on()) }
+    }
+}
+
+/// The process's part.
+struct Reporter {
+    flow: Flow,
+    process: Uuid,
+    source: Option<Session>,
+    target: Option<Session>,
+    read: Latency,
+    commit: Latency,
+    /// Bytes that had been read at the last report.
+    seen: (Instant, usize),
+    /// Where the target's WAL was at the last decision.
+    wal: Option<(Instant, f64)>,
+}
+
+impl Reporter {
+    fn new(flow: Flow) -> Reporter {
+        Reporter {
+            flow,
+            process: Uuid::new_v4(),
+            source: None,
+            target: None,
+            read: Latency::default(),
+            commit: Latency::default(),
+            seen: (Instant::now(), 0),
+            wal: None,
+        }
+    }
+
+    async fn go_on(mut self) {
+        loop {
+            match self.second().await {
+                Ok(()) => {}
+                Err(error) => {
+                    tracing::debug!("throttle: {error}");
+                    self.target = None;
+                    tokio::time::sleep(REPORT).await;
+                }
+            }
+        }
+    }
+
+    async fn connect(&mut self) -> Result<()> {
+        if self.target.as_ref().is_none_or(Session::is_closed) {
+            self.target = Some(self.flow.target.connect_patiently(Role::Heartbeat).await?);
+        }
+        Ok(())
+    }
+
+    /// Probes for a second and reports.
+    async fn second(&mut self) -> Result<()> {
+        let until = Instant::now() + REPORT;
+        self.connect().await?;
+        while Instant::now() < until {
+            let next = Instant::now() + PROBE;
+            self.probe_source().await;
+            self.probe_target().await?;
+            tokio::time::sleep_until(next.into()).await;
+        }
+        self.report().await
+    }
+
+    async fn probe_source(&mut self) {
+        let Some(endpoint) = &self.flow.source else { return };
+        if self.source.as_ref().is_none_or(Session::is_closed) {
+            // Best effort: without it the signals of the source are unknown, which is bad.
+            self.source = endpoint.connect(Role::Heartbeat).await.ok();
+        }
+        let Some(session) = &self.source else { return };
+        let began = Instant::now();
+        match session.client.batch_execute("SELECT pg_catalog.count(*) FROM pg_catalog.pg_namespace").await {
+            Ok(()) => self.read.add(milliseconds(began)),
+            Err(_) => self.source = None,
+        }
+    }
+
+    /// A commit that waits for the disk and writes next to nothing.
+    async fn probe_target(&mut self) -> Result<()> {
+        let Some(session) = &self.target else { return Ok(()) };
+        let began = Instant::now();
+        session
+            .client
+            .batch_execute("SELECT pg_catalog.pg_logical_emit_message(true, 'pg_dedup_migrate', '')")
+            .await
+            .at(Side::Target, "probing the target")?;
+        self.commit.add(milliseconds(began));
+        Ok(())
+    }
+
+    async fn report(&mut self) -> Result<()> {
+        let read = self.flow.counters.throttle.limiter.total_bytes_consumed();
+        let (then, before) = std::mem::replace(&mut self.seen, (Instant::now(), read));
+        let read_rate = (read - before) as f64 / then.elapsed().as_secs_f64().max(0.001);
+        let Some(target) = &self.target else { return Ok(()) };
+        let doing = "throttle_report";
+        let row = target
+            .client
+            .query_one(
+                "SELECT run_status, allowed, reason, turn FROM dedup.throttle_report($1::uuid, $2::uuid, $3::int4, $4::float8)",
+                &[&self.flow.run, &self.process, &i32::from(self.flow.lanes), &read_rate],
+            )
+            .await
+            .at(Side::Target, doing)?;
+        if let (Some(status), Some(now)) =
+            (&self.flow.status, row.try_get::<_, Option<String>>(0).at(Side::Target, doing)?)
+        {
+            status.send_if_modified(|known| {
+                let changed = *known != now;
+                *known = now;
+                changed
+            });
+        }
+        let allowed: Option<f64> = row.try_get(1).at(Side::Target, doing)?;
+        self.flow.counters.throttle.allow(allowed, row.try_get(2).at(Side::Target, doing)?);
+        match row.try_get::<_, Option<Value>>(3).at(Side::Target, doing)? {
+            Some(turn) => self.decide(&turn).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn decide(&mut self, turn: &Value) -> Result<()> {
+        let mut signals = turn["signals"].clone();
+        self.look_at_source(&mut signals).await;
+        let number = |value: &Value| value.as_f64();
+        let wal_now = number(&signals["wal_position"]).map(|position| (Instant::now(), position));
+        let wal_per_second = match (self.wal, wal_now) {
+            (Some((then, before)), Some((now, position))) if now > then => {
+                Some((position - before) / (now - then).as_secs_f64())
+            }
+            _ => None,
+        };
+        self.wal = wal_now;
+        let options = &turn["options"];
+        let bounds = Bounds {
+            least: number(&options["min_rate"]).unwrap_or(LEAST_RATE),
+            most: number(&options["max_rate"]),
+        };
+        let limits = Limits {
+            rate: number(&turn["byte_rate"]),
+            active: turn["active_chunks"].as_u64().and_then(|active| u32::try_from(active).ok()),
+        };
+        let hardly_moving = limits.rate.is_some_and(|rate| rate <= bounds.least);
+        self.read.learn(hardly_moving);
+        self.commit.learn(hardly_moving);
+        let bad =
+            signals::verdicts(&signals, &self.read, &self.commit, wal_per_second, &Thresholds::default());
+        for (name, latency) in [("source_read_ms", &self.read), ("target_commit_ms", &self.commit)] {
+            signals[name] = json!(latency.high());
+        }
+        let memory: Memory = serde_json::from_value(turn["controller"].clone()).unwrap_or_default();
+        let throughput = number(&turn["throughput"]).unwrap_or(0.0);
+        let lanes = turn["lanes"].as_u64().and_then(|lanes| u32::try_from(lanes).ok()).unwrap_or(1);
+        let (next, memory, state) =
+            controller::decide(limits, memory, bounds, !bad.is_empty(), throughput, lanes);
+        if next.rate.is_none() != limits.rate.is_none() {
+            match next.rate {
+                Some(rate) => tracing::warn!("slowed to {:.1} MB/s: {}", rate / 1e6, bad.join("; ")),
+                None => tracing::info!("as fast as it goes again"),
+            }
+        }
+        let memory = serde_json::to_value(memory).map_err(|e| Error::refused(e.to_string()))?;
+        let reason = (!bad.is_empty()).then(|| bad.join("; "));
+        let Some(target) = &self.target else { return Ok(()) };
+        target
+            .client
+            .execute(
+                "SELECT dedup.throttle_decide($1::uuid, $2::uuid, $3::int8, $4::int4, $5::text, \
+                     coalesce($6::text, (SELECT reason FROM dedup.throttle WHERE run_id = $1 AND $5 <> 'free')), $7::jsonb, $8::jsonb)",
+                &[
+                    &self.flow.run,
+                    &self.process,
+                    &next.rate.map(|rate| rate as i64),
+                    &next.active.map(|active| active as i32),
+                    &state.name(),
+                    &reason,
+                    &signals,
+                    &memory,
+                ],
+            )
+            .await
+            .at(Side::Target, "throttle_decide")?;
+        Ok(())
+    }
+
+    async fn look_at_source(&mut self, signals: &mut Value) {
+        if self.flow.source.is_none() {
+            return;
+        }
+        let looked = match &self.source {
+            Some(session) => source_signals(session).await,
+            None => Err(Error::refused("the source can't be reached")),
+        };
+        match looked {
+            Ok(Value::Object(of_source)) => {
+                for (name, value) in of_source {
+                    signals[name] = value;
+                }
+            }
+            Ok(_) => signals["source_connections"] = json!({"unknown": "not an object"}),
+            Err(error) => {
+                signals["source_connections"] = json!({"unknown": error.to_string()});
+                self.source = None;
+            }
+        }
+    }
+}
+
+fn milliseconds(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e3
+}
+
+/// What the source says of itself; the same questions as `dedup.target_signals` asks.
+async fn source_signals(source: &Session) -> Result<Value> {
+    source
+        .client
+        .query_one(
+            "SELECT pg_catalog.jsonb_build_object( \
+                 'source_sessions', CASE WHEN pg_catalog.bool_or(a.state IS NULL) THEN '{\"unknown\": \"the state of sessions may not be seen; GRANT pg_read_all_stats\"}'::pg_catalog.jsonb \
+                     ELSE pg_catalog.to_jsonb(pg_catalog.count(*) FILTER (WHERE a.state <> 'idle' OR a.state_change > pg_catalog.clock_timestamp() - '2 s'::pg_catalog.interval)) END, \
+                 'source_connections', (SELECT pg_catalog.count(*)::pg_catalog.float8 / pg_catalog.current_setting('max_connections')::pg_catalog.float8 \
+                     FROM pg_catalog.pg_stat_activity AS c WHERE c.backend_type = 'client backend'), \
+                 'snapshot_age', (SELECT pg_catalog.max(extract(epoch FROM pg_catalog.clock_timestamp() - s.xact_start))::pg_catalog.float8 \
+                     FROM pg_catalog.pg_stat_activity AS s WHERE s.backend_xmin IS NOT NULL)) \
+             FROM pg_catalog.pg_stat_activity AS a WHERE a.backend_type = 'client backend' AND a.application_name NOT LIKE 'pg-dedup-migrate/%'",
+            &[],
+        )
+        .await
+        .and_then(|row| row.try_get(0))
+        .at(Side::Source, "asking for signals")
+}

@@ -1,0 +1,211 @@
+//! The signals, and which of them are bad.
+//!
+//! Latencies are those of probes: a trivial query on the source and a synchronous commit on the target, several times a second. They count where
+//! there is somebody to be spared: other sessions at work on that server. A signal that can't be read is bad.
+
+use std::collections::VecDeque;
+
+use serde_json::Value;
+
+/// Probes that a latency is made of: two seconds of them.
+const PROBES: usize = 20;
+/// So many times what is usual is too much.
+const LATENCY_FACTOR: f64 = 2.0;
+/// Milliseconds above the usual that are put up with all the same.
+const LATENCY_SLACK: f64 = 5.0;
+/// Part of the usual that it moves toward what is measured while the run is at its least rate.
+const DRIFT: f64 = 0.02;
+
+/// Latencies of a server, and what is usual for it.
+#[derive(Debug, Default)]
+pub struct Latency {
+    probes: VecDeque<f64>,
+    usual: Option<f64>,
+}
+
+impl Latency {
+    /// A probe took so many milliseconds.
+    pub fn add(&mut self, milliseconds: f64) {
+        if self.probes.len() == PROBES {
+            self.probes.pop_front();
+        }
+        self.probes.push_back(milliseconds);
+    }
+
+    /// Nine probes of ten took at most this.
+    pub fn high(&self) -> Option<f64> {
+        if self.probes.len() < PROBES / 2 {
+            return None;
+        }
+        let mut sorted: Vec<f64> = self.probes.iter().copied().collect();
+        sorted.sort_by(f64::total_cmp);
+        sorted.get(sorted.len() * 9 / 10).copied()
+    }
+
+    /// Keeps what is usual: the lowest that was measured. While the run hardly moves what is measured is not its doing, and becomes usual.
+    pub fn learn(&mut self, hardly_moving: bool) {
+        let Some(high) = self.high() else { return };
+        let usual = self.usual.get_or_insert(high);
+        if high < *usual {
+            *usual = high;
+        } else if hardly_moving {
+            *usual += (high - *usual) * DRIFT;
+        }
+    }
+
+    fn limit(&self) -> Option<f64> {
+        self.usual.map(|usual| (usual * LATENCY_FACTOR).max(usual + LATENCY_SLACK))
+    }
+
+    /// Why it is bad, if it is.
+    fn verdict(&self, name: &str) -> Option<String> {
+        let (high, limit) = (self.high()?, self.limit()?);
+        (high > limit)
+            .then(|| format!("{name} {high:.1} ms, usually {:.1} ms", self.usual.unwrap_or_default()))
+    }
+}
+
+/// Thresholds, with what a run may set.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Thresholds {
+    /// Seconds that a standby may be behind.
+    pub replication_lag: f64,
+    /// Part of the server's connections that may be taken.
+    pub connections: f64,
+    /// Seconds in which WAL may fill `max_wal_size`, at least.
+    pub wal_seconds: f64,
+    /// Seconds that the source's oldest snapshot may be old.
+    pub snapshot_age: f64,
+}
+
+impl Default for Thresholds {
+    fn default() -> Thresholds {
+        Thresholds { replication_lag: 10.0, connections: 0.9, wal_seconds: 5.0, snapshot_age: 3600.0 }
+    }
+}
+
+/// Why the run is to be slowed; empty: it is not.
+pub fn verdicts(
+    signals: &Value,
+    read: &Latency,
+    commit: &Latency,
+    wal_per_second: Option<f64>,
+    thresholds: &Thresholds,
+) -> Vec<String> {
+    let mut bad = Vec::new();
+    for (side, latency, name) in
+        [("source", read, "source read latency"), ("target", commit, "target commit latency")]
+    {
+        match reading(signals, &format!("{side}_sessions")) {
+            Reading::Value(0.0) | Reading::Absent => {}
+            Reading::Value(_) => bad.extend(latency.verdict(name)),
+            Reading::Unknown(_) => {
+                // Somebody may be there.
+                bad.extend(latency.verdict(name));
+            }
+        }
+    }
+    let mut above = |name: &str, limit: f64, say: &dyn Fn(f64) -> String| match reading(signals, name) {
+        Reading::Value(value) if value > limit => bad.push(say(value)),
+        Reading::Value(_) | Reading::Absent => {}
+        Reading::Unknown(why) => bad.push(format!("{} can't be read: {why}", name.replace('_', " "))),
+    };
+    above("replication_lag", thresholds.replication_lag, &|lag| format!("a standby is {lag:.1} s behind"));
+    for side in ["source", "target"] {
+        above(&format!("{side}_connections"), thresholds.connections, &|part| {
+            format!("{:.0} % of the {side}'s connections are taken", part * 100.0)
+        });
+    }
+    above("snapshot_age", thresholds.snapshot_age, &|age| {
+        format!("the source's oldest snapshot is {:.0} min old", age / 60.0)
+    });
+    above("query", 0.0, &|value| format!("the throttle query says {value}"));
+    if let (Reading::Value(room), Some(rate)) = (reading(signals, "wal_room"), wal_per_second)
+        && rate * thresholds.wal_seconds > room
+    {
+        bad.push(format!("WAL fills max_wal_size in {:.1} s", room / rate));
+    }
+    bad
+}
+
+/// A signal as it was read.
+enum Reading {
+    Value(f64),
+    /// There is no such thing here.
+    Absent,
+    Unknown(String),
+}
+
+fn reading(signals: &Value, name: &str) -> Reading {
+    match &signals[name] {
+        Value::Null => Reading::Absent,
+        Value::Number(number) => Reading::Value(number.as_f64().unwrap_or(f64::INFINITY)),
+        other => Reading::Unknown(other["unknown"].as_str().unwrap_or("not a number").to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn latency(usual: f64, now: f64) -> Latency {
+        let mut latency = Latency::default();
+        (0..PROBES).for_each(|_| latency.add(usual));
+        latency.learn(false);
+        (0..PROBES).for_each(|_| latency.add(now));
+        latency
+    }
+
+    fn told(signals: &Value, read: &Latency) -> Vec<String> {
+        verdicts(signals, read, &latency(1.0, 1.0), Some(1e6), &Thresholds::default())
+    }
+
+    #[test]
+    fn latencies_count_where_somebody_is_to_be_spared() {
+        let slow = latency(1.0, 9.0);
+        assert_eq!(told(&json!({"source_sessions": 0}), &slow), [""; 0]);
+        assert_eq!(
+            told(&json!({"source_sessions": 3}), &slow),
+            ["source read latency 9.0 ms, usually 1.0 ms"]
+        );
+        assert_eq!(told(&json!({"source_sessions": {"unknown": "denied"}}), &slow).len(), 1);
+        assert_eq!(told(&json!({"source_sessions": 3}), &latency(1.0, 1.9)), [""; 0]);
+        // A tenth of the probes may be slow.
+        let mut once = latency(1.0, 1.0);
+        once.add(500.0);
+        assert_eq!(told(&json!({"source_sessions": 3}), &once), [""; 0]);
+    }
+
+    #[test]
+    fn what_can_not_be_read_is_bad() {
+        let quiet = latency(1.0, 1.0);
+        assert_eq!(told(&json!({"replication_lag": null, "query": null}), &quiet), [""; 0]);
+        let bad = told(
+            &json!({"replication_lag": {"unknown": "denied"}, "query": 1, "wal_room": 2e6, "target_connections": 0.95}),
+            &quiet,
+        );
+        assert_eq!(
+            bad,
+            [
+                "replication lag can't be read: denied",
+                "95 % of the target's connections are taken",
+                "the throttle query says 1",
+                "WAL fills max_wal_size in 2.0 s"
+            ]
+        );
+    }
+
+    #[test]
+    fn what_is_usual_is_the_lowest_and_follows_slowly_while_nothing_moves() {
+        let mut latency = latency(2.0, 1.0);
+        latency.learn(false);
+        assert_eq!(latency.usual, Some(1.0));
+        (0..PROBES).for_each(|_| latency.add(3.0));
+        latency.learn(false);
+        assert_eq!(latency.usual, Some(1.0));
+        (0..200).for_each(|_| latency.learn(true));
+        assert!(latency.usual.is_some_and(|usual| usual > 2.9), "{latency:?}");
+    }
+}

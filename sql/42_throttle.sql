@@ -1,0 +1,151 @@
+-- The throttle: what all workers of a run go by. docs/throttle.md has the signals and the rule.
+
+CREATE FUNCTION dedup.set_rate(run uuid, bytes_per_second bigint) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF bytes_per_second <= 0 THEN
+        RAISE EXCEPTION 'a rate of % bytes a second is no rate', bytes_per_second USING ERRCODE = 'invalid_parameter_value',
+            HINT = format('NULL lifts the cap; SELECT dedup.pause_run(%L) stops the run.', run);
+    END IF;
+    PERFORM dedup.run_row(run);
+    INSERT INTO dedup.throttle AS t (run_id, cap, changed_at) VALUES (run, bytes_per_second, clock_timestamp())
+    ON CONFLICT (run_id) DO UPDATE SET cap = excluded.cap, changed_at = excluded.changed_at;
+    PERFORM dedup.log_event(run, NULL, 'rate_set', jsonb_build_object('bytes_per_second', bytes_per_second));
+END $$;
+COMMENT ON FUNCTION dedup.set_rate(uuid, bigint) IS 'caps the bytes a second that all workers of a run read together; NULL lifts the cap';
+
+-- Bytes a second that a run may read in all; null: no limit.
+CREATE FUNCTION dedup.allowed_rate(run uuid) RETURNS float8
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT least(t.cap, t.byte_rate, (r.options #>> '{settings,throttle,max_rate}')::bigint)::float8
+    FROM dedup.runs AS r LEFT JOIN dedup.throttle AS t USING (run_id) WHERE r.run_id = run
+$$;
+COMMENT ON FUNCTION dedup.allowed_rate(uuid) IS 'bytes a second that all workers of a run may read together; null: no limit';
+
+-- Seconds to rest after a chunk that began then, so that the run keeps to its rate; a minute at most.
+CREATE FUNCTION dedup.pause_after(run uuid, chunk text, began timestamptz) RETURNS float8
+LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+    SELECT coalesce(least(60, greatest(0, c.source_bytes / dedup.allowed_rate(run) - extract(epoch FROM clock_timestamp() - began)::float8)), 0)
+    FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.chunk_id = chunk
+$$;
+COMMENT ON FUNCTION dedup.pause_after(uuid, text, timestamptz) IS 'seconds to rest after a chunk, so that the run keeps to its rate';
+
+-- A process reports how fast it reads and learns how fast it may. `turn`: it is to decide about the limits, from this.
+CREATE FUNCTION dedup.throttle_report(run uuid, process uuid, lanes int, read_rate float8,
+    OUT run_status text, OUT allowed float8, OUT reason text, OUT turn jsonb) RETURNS record
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    r dedup.runs := dedup.run_row(run);
+    t dedup.throttle;
+    all_lanes bigint;
+    throughput float8;
+BEGIN
+    INSERT INTO dedup.processes AS p (process_id, run_id, reported_at, lanes, bytes_per_second) VALUES (process, run, clock_timestamp(), throttle_report.lanes, read_rate)
+    ON CONFLICT (process_id) DO UPDATE SET reported_at = excluded.reported_at, lanes = excluded.lanes, bytes_per_second = excluded.bytes_per_second, run_id = excluded.run_id;
+    SELECT sum(p.lanes), sum(p.bytes_per_second) INTO all_lanes, throughput FROM dedup.processes AS p
+    WHERE p.run_id = run AND p.reported_at > clock_timestamp() - interval '5 s';
+    run_status := r.status;
+    allowed := dedup.allowed_rate(run) * throttle_report.lanes / greatest(all_lanes, 1);
+    IF (r.options #>> '{settings,throttle,off}')::bool THEN
+        RETURN;
+    END IF;
+    INSERT INTO dedup.throttle (run_id) SELECT run WHERE NOT EXISTS (SELECT FROM dedup.throttle AS o WHERE o.run_id = run) ON CONFLICT DO NOTHING;
+    SELECT * INTO t FROM dedup.throttle AS o
+    WHERE o.run_id = run AND (o.decided_at IS NULL OR o.decided_at < clock_timestamp() - interval '0.9 s') FOR NO KEY UPDATE SKIP LOCKED;
+    IF FOUND THEN
+        DELETE FROM dedup.processes AS p WHERE p.run_id = run AND p.reported_at < clock_timestamp() - interval '1 minute';
+        UPDATE dedup.throttle AS o SET decided_at = clock_timestamp(), decided_by = process WHERE o.run_id = run;
+        turn := jsonb_build_object('byte_rate', t.byte_rate, 'active_chunks', t.active_chunks, 'controller', t.controller, 'throughput', throughput, 'lanes', all_lanes,
+            'signals', dedup.target_signals(run), 'options', coalesce(r.options #> '{settings,throttle}', '{}'));
+    END IF;
+    reason := (SELECT o.reason FROM dedup.throttle AS o WHERE o.run_id = run AND o.state <> 'free');
+END $$;
+COMMENT ON FUNCTION dedup.throttle_report(uuid, uuid, int, float8) IS 'a process says how fast it reads and learns the run''s status and its share of the rate; turn: what it is to decide from, about once a second for one of them';
+
+CREATE FUNCTION dedup.throttle_decide(run uuid, process uuid, byte_rate bigint, active_chunks int, state text, reason text, signals jsonb, controller jsonb) RETURNS bool
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    old dedup.throttle;
+BEGIN
+    SELECT * INTO old FROM dedup.throttle AS t WHERE t.run_id = run AND t.decided_by = process FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    UPDATE dedup.throttle AS t
+    SET byte_rate = throttle_decide.byte_rate, active_chunks = throttle_decide.active_chunks, state = throttle_decide.state, reason = throttle_decide.reason,
+        signals = throttle_decide.signals, controller = throttle_decide.controller,
+        changed_at = CASE WHEN (old.byte_rate, old.active_chunks) IS DISTINCT FROM (throttle_decide.byte_rate, throttle_decide.active_chunks) THEN clock_timestamp() ELSE old.changed_at END
+    WHERE t.run_id = run;
+    IF old.state = 'free' AND throttle_decide.state <> 'free' OR old.state <> 'free' AND throttle_decide.state = 'free' THEN
+        PERFORM dedup.log_event(run, NULL, CASE throttle_decide.state WHEN 'free' THEN 'throttle_ended' ELSE 'throttle_began' END,
+            jsonb_build_object('reason', throttle_decide.reason, 'byte_rate', throttle_decide.byte_rate));
+    END IF;
+    RETURN true;
+END $$;
+COMMENT ON FUNCTION dedup.throttle_decide(uuid, uuid, bigint, int, text, text, jsonb, jsonb) IS 'sets the limits of a run, by the process whose turn it is; false: it is somebody else''s by now';
+
+-- What the target says of itself. A signal that cannot be read says so: {"unknown": why}.
+CREATE FUNCTION dedup.target_signals(run uuid) RETURNS jsonb
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    signals jsonb := '{}';
+    name text;
+    value jsonb;
+BEGIN
+    FOREACH name IN ARRAY '{target_sessions,target_connections,replication_lag,wal_position,wal_room,disk_room,query}'::text[] LOOP
+        BEGIN
+            value := CASE name
+                WHEN 'target_sessions' THEN dedup.other_sessions()
+                WHEN 'target_connections' THEN (SELECT to_jsonb(count(*)::float8 / current_setting('max_connections')::float8) FROM pg_stat_activity WHERE backend_type = 'client backend')
+                WHEN 'replication_lag' THEN dedup.replication_lag()
+                WHEN 'wal_position' THEN to_jsonb(pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0'))
+                WHEN 'wal_room' THEN to_jsonb(pg_size_bytes(current_setting('max_wal_size')))
+                WHEN 'disk_room' THEN (SELECT jsonb_build_object('place', d.place, 'free_bytes', d.free_bytes, 'total_bytes', d.total_bytes)
+                                       FROM dedup.disk_space() AS d ORDER BY d.free_bytes - least(d.total_bytes / 20, 10000000000) LIMIT 1)
+                WHEN 'query' THEN dedup.throttle_query(run)
+            END;
+        EXCEPTION WHEN OTHERS THEN
+            value := jsonb_build_object('unknown', dedup.without_values(SQLSTATE, SQLERRM));
+        END;
+        signals := signals || jsonb_build_object(name, value);
+    END LOOP;
+    RETURN signals;
+END $$;
+COMMENT ON FUNCTION dedup.target_signals(uuid) IS 'the signals of the target that a run''s throttle goes by';
+
+-- Sessions at work that are none of this tool's: those to be spared. Whose state may not be seen are counted as unknown.
+CREATE FUNCTION dedup.other_sessions() RETURNS jsonb
+LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+    SELECT CASE WHEN bool_or(a.state IS NULL) THEN '{"unknown": "the state of sessions may not be seen; GRANT pg_read_all_stats"}'
+                ELSE to_jsonb(count(*) FILTER (WHERE a.state <> 'idle' OR a.state_change > clock_timestamp() - interval '2 s')) END
+    FROM pg_stat_activity AS a WHERE a.backend_type = 'client backend' AND a.application_name NOT LIKE 'pg-dedup-migrate/%' AND a.pid <> pg_backend_pid()
+$$;
+COMMENT ON FUNCTION dedup.other_sessions() IS 'client sessions that were active within two seconds and are none of this tool''s';
+
+CREATE FUNCTION dedup.replication_lag() RETURNS jsonb
+LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+    SELECT CASE WHEN count(*) = 0 THEN NULL
+                WHEN bool_or(s.state IS NULL) THEN '{"unknown": "standbys may not be seen; GRANT pg_monitor"}'
+                ELSE to_jsonb(coalesce(max(extract(epoch FROM s.replay_lag)), 0)::float8) END
+    FROM pg_stat_replication AS s WHERE s.state IS NULL OR s.state = 'streaming'
+$$;
+COMMENT ON FUNCTION dedup.replication_lag() IS 'seconds that the slowest standby replays behind; null: there is none';
+
+-- SQL stored with a run is executed as its owner only.
+CREATE FUNCTION dedup.throttle_query(run uuid) RETURNS jsonb
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    query text := (dedup.run_row(run)).options #>> '{settings,throttle,query}';
+    value float8;
+BEGIN
+    IF query IS NULL THEN
+        RETURN NULL;
+    END IF;
+    PERFORM dedup.must_own(run);
+    EXECUTE format(E'SELECT (%s\n)::float8', query) INTO value;
+    IF value IS NULL THEN
+        RETURN '{"unknown": "the query gave no number"}';
+    END IF;
+    RETURN to_jsonb(value);
+END $$;
+COMMENT ON FUNCTION dedup.throttle_query(uuid) IS 'the value of the query that a run''s throttle asks, too: above 0 means back off';

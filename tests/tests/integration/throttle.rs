@@ -1,0 +1,126 @@
+//! The throttle: a cap from psql, limits that all processes share, signals that slow a run and let it go again.
+
+use std::time::{Duration, Instant};
+
+use integration::pair::Pair;
+use integration::sidecar::exit;
+
+/// About 12 MB in 120,000 records.
+async fn loaded() -> Pair {
+    let pair = Pair::start().await;
+    pair.both("CREATE TABLE public.items (id int PRIMARY KEY, body text)").await;
+    pair.source.exec("INSERT INTO public.items SELECT n, repeat(md5(n::text), 2) || n FROM generate_series(1, 120000) AS n; ANALYZE public.items").await;
+    pair
+}
+
+/// `dedup.set_rate` is one cap for all processes, and for the target database's own chunks.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cap_is_shared() {
+    let pair = loaded().await;
+    let db = &pair.target;
+    let first = pair.run(&["public.items"]).args(&["--max-rate", "1MB"]).chunk_size("200kB").spawn();
+    db.wait_until("EXISTS (SELECT FROM dedup.checkpoints WHERE status = 'verified')").await;
+    let run: String = db.one("SELECT run_id::text FROM dedup.runs").await;
+    let second = pair.sidecar("work").arg(&run).spawn();
+    db.wait_until("(SELECT count(*) FROM dedup.processes WHERE reported_at > now() - interval '2 s') = 2")
+        .await;
+    let bytes =
+        "SELECT coalesce(sum(source_bytes), 0)::int8 FROM dedup.checkpoints WHERE status = 'verified'";
+    let read_in_4_seconds = async || {
+        let (before, began) = (db.one::<i64>(bytes).await, Instant::now());
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        (db.one::<i64>(bytes).await - before) as f64 / began.elapsed().as_secs_f64()
+    };
+    let capped = read_in_4_seconds().await;
+    assert!((0.4e6..1.5e6).contains(&capped), "{capped} bytes a second at a cap of 1 MB");
+    // Lower, by a DBA: it takes effect within two seconds.
+    db.exec(&format!("SELECT dedup.set_rate('{run}', 250000)")).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let lower = read_in_4_seconds().await;
+    assert!(lower < 0.5e6, "{lower} bytes a second at a cap of 0.25 MB");
+    assert_eq!(db.one::<i64>("SELECT cap FROM dedup.throttle").await, 250_000);
+    for (bad, state) in [("0", "22023"), ("-5", "22023")] {
+        assert_eq!(db.fails(&format!("SELECT dedup.set_rate('{run}', {bad})")).await.0, state);
+    }
+    db.exec(&format!("SELECT dedup.set_rate('{run}', NULL); UPDATE dedup.runs SET options = options #- '{{settings,throttle,max_rate}}'")).await;
+    for process in [first, second] {
+        let output = process.finish().await;
+        assert_eq!(output.code, Some(exit::DONE), "{}", output.describe());
+    }
+    // Passes over the run keep to its rate, too.
+    db.exec(&format!("SELECT dedup.set_rate('{run}', 4000000)")).await;
+    let began = Instant::now();
+    pair.reconcile().exits(exit::DONE).await;
+    assert!(began.elapsed() > Duration::from_secs(2), "{:?} for 12 MB at 4 MB/s", began.elapsed());
+    let began = Instant::now();
+    pair.rollback("last").exits(exit::DONE).await;
+    assert!(began.elapsed() > Duration::from_millis(1500), "{:?} for 12 MB at 4 MB/s", began.elapsed());
+}
+
+/// A run of sources that the target database reads itself keeps to its cap.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cap_in_sql() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec("CREATE TABLE s (id int PRIMARY KEY, body text); CREATE TABLE t (LIKE s INCLUDING ALL); INSERT INTO s SELECT n, repeat('x', 90) || n FROM generate_series(1, 20000) AS n").await;
+    let run: String = db.one("SELECT dedup.create_run('local')::text").await;
+    db.exec(&format!("SELECT dedup.add_table('{run}', 'public.s', 't'), dedup.plan_chunks('{run}', 200000), dedup.set_rate('{run}', 1000000)")).await;
+    let began = Instant::now();
+    db.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+    assert!(began.elapsed() > Duration::from_millis(1500), "{:?} for 2 MB at 1 MB/s", began.elapsed());
+}
+
+/// Paused, no chunk is begun two seconds later; resumed, one is.
+#[tokio::test(flavor = "multi_thread")]
+async fn paused_and_resumed() {
+    let pair = loaded().await;
+    let db = &pair.target;
+    let running = pair.run(&["public.items"]).args(&["--max-rate", "1MB"]).chunk_size("100kB").spawn();
+    db.wait_until("EXISTS (SELECT FROM dedup.checkpoints WHERE status = 'verified')").await;
+    let run: String = db.one("SELECT run_id::text FROM dedup.runs").await;
+    db.exec(&format!("SELECT dedup.pause_run('{run}')")).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let leased = "SELECT coalesce(max(leased_at)::text, '') FROM dedup.checkpoints";
+    let before: String = db.one(leased).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(db.one::<String>(leased).await, before, "a chunk was leased while the run was paused");
+    db.exec(&format!("SELECT dedup.resume_run('{run}'), dedup.set_rate('{run}', NULL); UPDATE dedup.runs SET options = options #- '{{settings,throttle,max_rate}}'")).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_ne!(db.one::<String>(leased).await, before, "no chunk was leased after the run was resumed");
+    assert_eq!(running.finish().await.code, Some(exit::DONE));
+}
+
+/// A query of the user's slows the run to its least rate and says why; when it is content again, the run is let go.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_query_slows_the_run() {
+    let pair = loaded().await;
+    let db = &pair.target;
+    db.exec("CREATE TABLE public.busy (busy int); INSERT INTO public.busy VALUES (0)").await;
+    let flags =
+        ["--throttle-query", "SELECT busy FROM public.busy", "--min-rate", "200kB", "--max-rate", "1MB"];
+    let mut running =
+        pair.throttled_run(&["public.items"]).args(&flags).chunk_size("100kB").workers(4).spawn();
+    db.wait_until("EXISTS (SELECT FROM dedup.checkpoints WHERE status = 'verified')").await;
+    db.exec("UPDATE public.busy SET busy = 1").await;
+    running.wait_for("slowed to").await;
+    db.wait_until("EXISTS (SELECT FROM dedup.throttle WHERE byte_rate = 200000 AND active_chunks = 1 AND state = 'slowed' AND reason LIKE '%the throttle query says 1%')").await;
+    // One chunk at a time.
+    let most: i64 = db.one("SELECT count(*) FROM dedup.checkpoints WHERE status = 'syncing' AND leased_at > (SELECT changed_at FROM dedup.throttle)").await;
+    assert!(most <= 1, "{most} chunks in work");
+    // What can't be read is bad.
+    db.exec("ALTER TABLE public.busy RENAME TO gone; UPDATE public.gone SET busy = 0").await;
+    db.wait_until(
+        "EXISTS (SELECT FROM dedup.throttle WHERE state = 'slowed' AND reason LIKE '%query can''t be read%')",
+    )
+    .await;
+    db.exec("ALTER TABLE public.gone RENAME TO busy").await;
+    db.wait_until("EXISTS (SELECT FROM dedup.throttle WHERE state = 'recovering')").await;
+    db.wait_until("EXISTS (SELECT FROM dedup.throttle WHERE state = 'free' AND byte_rate IS NULL AND active_chunks IS NULL)").await;
+    let events =
+        db.column("SELECT kind FROM dedup.events WHERE kind LIKE 'throttle%' ORDER BY event_id").await;
+    assert_eq!(events, ["throttle_began", "throttle_ended"]);
+    db.exec("UPDATE dedup.runs SET options = options #- '{settings,throttle,max_rate}'").await;
+    let output = running.finish().await;
+    assert_eq!(output.code, Some(exit::DONE), "{}", output.describe());
+    output.says("as fast as it goes again");
+}
