@@ -250,12 +250,16 @@ mod tests {
 
     #[test]
     fn a_sample_says_how_much_it_is_worth() {
-        let sample =
-            |source| Verdict { sample: 0.01, ..verdict("clean", Counts { source, ..Counts::default() }) };
-        let text = sample(3000).text();
-        assert!(text.contains("a sample is clean") && text.contains("1 % of the contents"), "{text}");
+        let sample = |contents, source_changed| Verdict {
+            sample: 0.01,
+            drawn_contents: Some(contents),
+            ..verdict("clean", Counts { source_changed, ..Counts::default() })
+        };
+        let text = sample(3000, 0).text();
+        assert!(text.contains("a sample is clean") && text.contains("1 % of the contents, 3000"), "{text}");
         assert!(text.contains("1 in 1000 "), "{text}");
-        assert!(sample(2).text().contains("too few"), "{text}");
+        assert!(sample(3000, 1500).text().contains("1 in 500 "));
+        assert!(sample(2, 0).text().contains("too few"));
     }
 
     #[test]

@@ -130,6 +130,8 @@ struct Reporter {
     target: Option<Session>,
     read: Latency,
     commit: Latency,
+    /// Why the target can't be probed.
+    unprobed: Option<String>,
     /// Bytes that had been read at the last report.
     seen: (Instant, usize),
     /// Where the target's WAL was at the last decision.
@@ -145,6 +147,7 @@ impl Reporter {
             target: None,
             read: Latency::default(),
             commit: Latency::default(),
+            unprobed: None,
             seen: (Instant::now(), 0),
             wal: None,
         }
@@ -201,12 +204,18 @@ impl Reporter {
     async fn probe_target(&mut self) -> Result<()> {
         let Some(session) = &self.target else { return Ok(()) };
         let began = Instant::now();
-        session
-            .client
-            .batch_execute("SELECT pg_catalog.pg_logical_emit_message(true, 'pg_dedup_migrate', '')")
-            .await
-            .at(Side::Target, "probing the target")?;
-        self.commit.add(milliseconds(began));
+        let probe = "SELECT pg_catalog.pg_logical_emit_message(true, 'pg_dedup_migrate', '')";
+        match session.client.batch_execute(probe).await {
+            Ok(()) => {
+                self.commit.add(milliseconds(began));
+                self.unprobed = None;
+            }
+            Err(error) if error.is_closed() => {
+                return Err(Error::driver(Side::Target, "probing the target", error));
+            }
+            // A standby that was made of the target, or a function that was taken from the role.
+            Err(error) => self.unprobed = Some(error.to_string()),
+        }
         Ok(())
     }
 
@@ -319,9 +328,9 @@ impl Reporter {
                     signals[name] = value;
                 }
             }
-            Ok(_) => signals["source_connections"] = json!({"unknown": "not an object"}),
+            Ok(_) => signals["source_probe"] = json!({"unknown": "not an object"}),
             Err(error) => {
-                signals["source_connections"] = json!({"unknown": error.to_string()});
+                signals["source_probe"] = json!({"unknown": error.to_string()});
                 self.source = None;
             }
         }

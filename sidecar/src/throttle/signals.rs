@@ -116,6 +116,10 @@ pub fn verdicts(
             format!("{:.0} % of the {side}'s connections are taken", part * 100.0)
         });
     }
+    for side in ["source", "target"] {
+        // There only if it failed.
+        above(&format!("{side}_probe"), f64::INFINITY, &|_| String::new());
+    }
     above("snapshot_age", thresholds.snapshot_age, &|age| {
         format!("the source's oldest snapshot is {:.0} min old", age / 60.0)
     });
