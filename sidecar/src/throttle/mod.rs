@@ -274,6 +274,9 @@ impl Reporter {
         let hardly_moving = limits.rate.is_some_and(|rate| rate <= bounds.least);
         self.read.learn(hardly_moving);
         self.commit.learn(hardly_moving);
+        if let Some(why) = &self.unprobed {
+            signals["target_probe"] = json!({"unknown": why});
+        }
         let bad =
             signals::verdicts(&signals, &self.read, &self.commit, wal_per_second, &Thresholds::default());
         for (name, latency) in [("source_read_ms", &self.read), ("target_commit_ms", &self.commit)] {

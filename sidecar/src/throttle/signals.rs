@@ -187,7 +187,7 @@ mod tests {
         let quiet = latency(1.0, 1.0);
         assert_eq!(told(&json!({"replication_lag": null, "query": null}), &quiet), [""; 0]);
         let bad = told(
-            &json!({"replication_lag": {"unknown": "denied"}, "query": 1, "wal_room": 2e6, "target_connections": 0.95}),
+            &json!({"replication_lag": {"unknown": "denied"}, "query": 1, "wal_room": 2e6, "target_connections": 0.95, "target_probe": {"unknown": "read only"}}),
             &quiet,
         );
         assert_eq!(
@@ -195,6 +195,7 @@ mod tests {
             [
                 "replication lag can't be read: denied",
                 "95 % of the target's connections are taken",
+                "target probe can't be read: read only",
                 "the throttle query says 1",
                 "WAL fills max_wal_size in 2.0 s"
             ]
