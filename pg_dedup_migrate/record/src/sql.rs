@@ -45,6 +45,9 @@ pub fn has_key_among(layout: &Layout, select: &[String], arrays: &[String]) -> S
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ENCODING_VERSION;
+    use crate::canonical::Canonical;
+    use crate::layout::Column;
 
     #[test]
     fn names_and_literals_cannot_end_early() {
@@ -55,16 +58,32 @@ mod tests {
 
     #[test]
     fn keys_are_compared_column_by_column() {
-        let layout: Layout = serde_json::from_value(serde_json::json!({
-            "columns": [{"name": "b", "type": "text"}, {"name": "x", "type": "date"}, {"name": "a", "type": "bigint"}],
-            "content": [1], "key": [2, 0], "rest": []
-        }))
-        .unwrap();
+        let column = |name: &str, kind: &str| Column {
+            name: name.into(),
+            type_name: kind.into(),
+            canonical: Canonical::Verbatim,
+        };
+        let layout = Layout {
+            encoding_version: ENCODING_VERSION,
+            columns: vec![column("b", "text"), column("x", "date"), column("a", "bigint")],
+            content: vec![1],
+            key: vec![2, 0],
+            rest: vec![],
+        };
         let select = ["lower(b)".to_owned(), "x".to_owned(), "\"a\"".to_owned()];
         assert_eq!(
             has_key_among(&layout, &select, &["{1,2}".into(), r#"{x,"o'k\"s"}"#.into()]),
             "(\"a\", lower(b)) IN (SELECT k.k1::bigint, k.k2::text FROM ROWS FROM (pg_catalog.unnest('{1,2}'::pg_catalog.text[]), \
              pg_catalog.unnest(E'{x,\"o''k\\\\\"s\"}'::pg_catalog.text[])) AS k(k1, k2))"
         );
+        let types = ["bigint".to_owned(), "text".to_owned()];
+        let key = |second: &str| ["\"a\"".to_owned(), second.to_owned()];
+        assert!(finds_keys(&layout, &key("\"b\""), &types));
+        assert!(!finds_keys(&layout, &key("lower(b)"), &types));
+        assert!(!finds_keys(
+            &layout,
+            &key("\"b\""),
+            &["bigint".to_owned(), "character varying(5)".to_owned()]
+        ));
     }
 }

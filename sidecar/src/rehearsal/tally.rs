@@ -6,9 +6,9 @@ use pg_dedup_record::Batch;
 use pg_dedup_record::block::{BlockBuilder, Entry, Stamp};
 use pg_dedup_record::digest::Digest;
 
-use super::Part;
 use super::contents::{self, Contents};
 use super::prediction::{Certainty, Refusal, TablePrediction};
+use super::stage::Part;
 use super::trial::{Measured, Sizes, UNIQUE_VIOLATION};
 use crate::error::{Error, Kind, Result, Side};
 use crate::write::RefusedRow;

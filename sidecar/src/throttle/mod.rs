@@ -62,6 +62,11 @@ impl Throttle {
         self.limiter.consume(bytes).await;
     }
 
+    /// Reads at most so many bytes a second, whatever signals say; none: no limit.
+    pub fn at_most(&self, rate: Option<u64>) {
+        self.allow(rate.map(|rate| rate as f64), None);
+    }
+
     /// Why and to what the process is slowed.
     pub fn note(&self) -> Option<String> {
         self.note.lock().unwrap_or_else(PoisonError::into_inner).clone()
