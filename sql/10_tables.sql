@@ -182,7 +182,7 @@ CREATE TABLE dedup.checkpoints (
     error_message        text,
     error_hint           text,
     repair               text CHECK (repair IN ('rewrite', 'delete_extra')),
-    repair_aside         bigint[],
+    repair_aside         uuid[],
     PRIMARY KEY (run_id, chunk_id),
     UNIQUE (run_id, chunk_no),
     FOREIGN KEY (run_id, table_id) REFERENCES dedup.run_tables,
@@ -239,7 +239,7 @@ COMMENT ON COLUMN dedup.checkpoints.verified_at IS 'when what was written had be
 COMMENT ON COLUMN dedup.checkpoints.error_sqlstate IS 'SQLSTATE of the last failed attempt';
 COMMENT ON COLUMN dedup.checkpoints.error_message IS 'its message, without values';
 COMMENT ON COLUMN dedup.checkpoints.error_hint IS 'what can be done about it';
-COMMENT ON COLUMN dedup.checkpoints.repair_aside IS 'while the run is repaired: records in quarantine when that began, those that foreign keys refuse and the others';
+COMMENT ON COLUMN dedup.checkpoints.repair_aside IS 'while the run is repaired: the records in quarantine when that began, as dedup.aside names them';
 COMMENT ON COLUMN dedup.checkpoints.repair IS 'until it is done again: how the chunk is repaired; delete_extra: rows that the source does not have are deleted, too';
 
 -- ---------------------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ BEGIN
         RETURN;
     END IF;
     PERFORM dedup.end_stale_leases(run);
-    most := (SELECT t.active_chunks FROM dedup.throttle AS t WHERE t.run_id = run);
+    most := (dedup.throttle_holds(run)).active_chunks;
     IF most IS NOT NULL AND most <= (SELECT count(*) FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.status = 'syncing' AND c.written_at IS NULL) THEN
         RETURN;
     END IF;

@@ -5,34 +5,42 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF bytes_per_second <= 0 THEN
         RAISE EXCEPTION 'a rate of % bytes a second is no rate', bytes_per_second USING ERRCODE = 'invalid_parameter_value',
-            HINT = format('NULL lifts the cap; SELECT dedup.pause_run(%L) stops the run.', run);
+            HINT = format('NULL goes back to what the run was created with; SELECT dedup.pause_run(%L) stops the run.', run);
     END IF;
     PERFORM dedup.run_row(run);
     INSERT INTO dedup.throttle AS t (run_id, cap, changed_at) VALUES (run, bytes_per_second, clock_timestamp())
     ON CONFLICT (run_id) DO UPDATE SET cap = excluded.cap, changed_at = excluded.changed_at;
     PERFORM dedup.log_event(run, NULL, 'rate_set', jsonb_build_object('bytes_per_second', bytes_per_second));
 END $$;
-COMMENT ON FUNCTION dedup.set_rate(uuid, bigint) IS 'caps the bytes a second that all workers of a run read together; NULL lifts the cap';
+COMMENT ON FUNCTION dedup.set_rate(uuid, bigint) IS 'caps the bytes a second that all workers of a run read together, whatever the run was created with; NULL goes back to that';
+
+-- What signals have decided counts as long as somebody goes on deciding.
+CREATE FUNCTION dedup.throttle_holds(run uuid) RETURNS dedup.throttle
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT t FROM dedup.throttle AS t JOIN dedup.runs AS r USING (run_id)
+    WHERE t.run_id = run AND t.decided_at > clock_timestamp() - interval '1 minute' AND NOT coalesce((r.options #>> '{settings,throttle,off}')::bool, false)
+$$;
+COMMENT ON FUNCTION dedup.throttle_holds(uuid) IS 'the limits by signals that a run goes by; null: none, or nobody decides any more';
 
 -- Bytes a second that a run may read in all; null: no limit.
 CREATE FUNCTION dedup.allowed_rate(run uuid) RETURNS float8
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT least(t.cap, t.byte_rate, (r.options #>> '{settings,throttle,max_rate}')::bigint)::float8
-    FROM dedup.runs AS r LEFT JOIN dedup.throttle AS t USING (run_id) WHERE r.run_id = run
+    SELECT least(coalesce((SELECT t.cap FROM dedup.throttle AS t WHERE t.run_id = run), (r.options #>> '{settings,throttle,max_rate}')::bigint), (dedup.throttle_holds(run)).byte_rate)::float8
+    FROM dedup.runs AS r WHERE r.run_id = run
 $$;
 COMMENT ON FUNCTION dedup.allowed_rate(uuid) IS 'bytes a second that all workers of a run may read together; null: no limit';
 
--- Seconds to rest after a chunk that began then, so that the run keeps to its rate; a minute at most.
+-- Seconds to rest after a chunk that began then, so that a session keeps to the run's rate; ten minutes at most.
 CREATE FUNCTION dedup.pause_after(run uuid, chunk text, began timestamptz) RETURNS float8
 LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
-    SELECT coalesce(least(60, greatest(0, c.source_bytes / dedup.allowed_rate(run) - extract(epoch FROM clock_timestamp() - began)::float8)), 0)
+    SELECT coalesce(least(600, greatest(0, c.source_bytes / dedup.allowed_rate(run) - extract(epoch FROM clock_timestamp() - began)::float8)), 0)
     FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.chunk_id = chunk
 $$;
 COMMENT ON FUNCTION dedup.pause_after(uuid, text, timestamptz) IS 'seconds to rest after a chunk, so that the run keeps to its rate';
 
 -- A process reports how fast it reads and learns how fast it may. `turn`: it is to decide about the limits, from this.
 CREATE FUNCTION dedup.throttle_report(run uuid, process uuid, lanes int, read_rate float8,
-    OUT run_status text, OUT allowed float8, OUT reason text, OUT turn jsonb) RETURNS record
+    OUT run_status text, OUT allowed float8, OUT by_signals bool, OUT reason text, OUT turn jsonb) RETURNS record
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     r dedup.runs := dedup.run_row(run);
@@ -46,19 +54,22 @@ BEGIN
     WHERE p.run_id = run AND p.reported_at > clock_timestamp() - interval '5 s';
     run_status := r.status;
     allowed := dedup.allowed_rate(run) * throttle_report.lanes / greatest(all_lanes, 1);
-    IF (r.options #>> '{settings,throttle,off}')::bool THEN
+    DELETE FROM dedup.processes AS p WHERE p.run_id = run AND p.reported_at < clock_timestamp() - interval '1 minute';
+    by_signals := NOT coalesce((r.options #>> '{settings,throttle,off}')::bool, false);
+    IF NOT by_signals THEN
         RETURN;
     END IF;
     INSERT INTO dedup.throttle (run_id) SELECT run WHERE NOT EXISTS (SELECT FROM dedup.throttle AS o WHERE o.run_id = run) ON CONFLICT DO NOTHING;
     SELECT * INTO t FROM dedup.throttle AS o
-    WHERE o.run_id = run AND (o.decided_at IS NULL OR o.decided_at < clock_timestamp() - interval '0.9 s') FOR NO KEY UPDATE SKIP LOCKED;
+    WHERE o.run_id = run AND (o.decided_at IS NULL OR o.decided_at < clock_timestamp() - interval '0.9 s')
+        -- The query is the owner's to ask.
+        AND (r.owner = current_user OR r.options #>> '{settings,throttle,query}' IS NULL) FOR NO KEY UPDATE SKIP LOCKED;
     IF FOUND THEN
-        DELETE FROM dedup.processes AS p WHERE p.run_id = run AND p.reported_at < clock_timestamp() - interval '1 minute';
         UPDATE dedup.throttle AS o SET decided_at = clock_timestamp(), decided_by = process WHERE o.run_id = run;
         turn := jsonb_build_object('byte_rate', t.byte_rate, 'active_chunks', t.active_chunks, 'controller', t.controller, 'throughput', throughput, 'lanes', all_lanes,
-            'signals', dedup.target_signals(run), 'options', coalesce(r.options #> '{settings,throttle}', '{}'));
+            'options', coalesce(r.options #> '{settings,throttle}', '{}'));
     END IF;
-    reason := (SELECT o.reason FROM dedup.throttle AS o WHERE o.run_id = run AND o.state <> 'free');
+    reason := (SELECT h.reason FROM dedup.throttle_holds(run) AS h WHERE h.state <> 'free');
 END $$;
 COMMENT ON FUNCTION dedup.throttle_report(uuid, uuid, int, float8) IS 'a process says how fast it reads and learns the run''s status and its share of the rate; turn: what it is to decide from, about once a second for one of them';
 
@@ -96,7 +107,7 @@ BEGIN
         BEGIN
             value := CASE name
                 WHEN 'target_sessions' THEN dedup.other_sessions()
-                WHEN 'target_connections' THEN (SELECT to_jsonb(count(*)::float8 / current_setting('max_connections')::float8) FROM pg_stat_activity WHERE backend_type = 'client backend')
+                WHEN 'target_connections' THEN (SELECT to_jsonb(count(*)::float8 / current_setting('max_connections')::float8) FROM pg_stat_activity WHERE backend_type = 'client backend' OR backend_type IS NULL AND usesysid IS NOT NULL)
                 WHEN 'replication_lag' THEN dedup.replication_lag()
                 WHEN 'wal_position' THEN to_jsonb(pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0'))
                 WHEN 'wal_room' THEN to_jsonb(pg_size_bytes(current_setting('max_wal_size')))
@@ -118,7 +129,8 @@ CREATE FUNCTION dedup.other_sessions() RETURNS jsonb
 LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
     SELECT CASE WHEN bool_or(a.state IS NULL) THEN '{"unknown": "the state of sessions may not be seen; GRANT pg_read_all_stats"}'
                 ELSE to_jsonb(count(*) FILTER (WHERE a.state <> 'idle' OR a.state_change > clock_timestamp() - interval '2 s')) END
-    FROM pg_stat_activity AS a WHERE a.backend_type = 'client backend' AND a.application_name NOT LIKE 'pg-dedup-migrate/%' AND a.pid <> pg_backend_pid()
+    -- Of sessions that may not be seen the kind is hidden, too.
+    FROM pg_stat_activity AS a WHERE (a.backend_type = 'client backend' OR a.backend_type IS NULL AND a.usesysid IS NOT NULL) AND a.application_name NOT LIKE 'pg-dedup-migrate/%' AND a.pid <> pg_backend_pid()
 $$;
 COMMENT ON FUNCTION dedup.other_sessions() IS 'client sessions that were active within two seconds and are none of this tool''s';
 

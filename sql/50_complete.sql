@@ -29,20 +29,22 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION dedup.reopen_orphans(uuid) IS 'sets chunks whose dropped duplicates have no survivor left back to pending, and reopens other runs that have such';
 
--- Records of a chunk in quarantine: those that foreign keys refuse, and the others.
-CREATE FUNCTION dedup.aside(run uuid, chunk text) RETURNS bigint[]
+-- Names of a chunk's records in quarantine.
+CREATE FUNCTION dedup.aside(run uuid, chunk text) RETURNS uuid[]
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT ARRAY[count(*) FILTER (WHERE q.sqlstate = '23503'), count(*) FILTER (WHERE q.sqlstate IS DISTINCT FROM '23503')]
-    FROM dedup.quarantine AS q WHERE q.run_id = run AND q.chunk_id = chunk
+    SELECT coalesce(array_agg(md5(coalesce(q.record::text, q.source_key, ''))::uuid), '{}') FROM dedup.quarantine AS q WHERE q.run_id = run AND q.chunk_id = chunk
 $$;
-COMMENT ON FUNCTION dedup.aside(uuid, text) IS 'records of a chunk in quarantine: those that foreign keys refuse, and the others';
+COMMENT ON FUNCTION dedup.aside(uuid, text) IS 'names of a chunk''s records in quarantine: what a repair found there';
 
--- What foreign keys refuse of a repair is set aside for the time being only: other chunks may satisfy it.
-CREATE FUNCTION dedup.aside_by_repair(run uuid) RETURNS SETOF text
+-- What a repair has set aside that was not before. What foreign keys refuse is so for the time being only: other chunks may satisfy it.
+CREATE FUNCTION dedup.set_aside_by_repair(run uuid, chunk text, OUT chunk_id text, OUT by_foreign_key bool, OUT reason text) RETURNS SETOF record
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT c.chunk_id FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.repair_aside IS NOT NULL AND (dedup.aside(run, c.chunk_id))[1] > c.repair_aside[1]
+    SELECT q.chunk_id, coalesce(q.sqlstate = '23503', false), q.reason || ': ' || dedup.without_values(q.sqlstate, q.message)
+    FROM dedup.quarantine AS q JOIN dedup.checkpoints AS c ON c.run_id = q.run_id AND c.chunk_id = q.chunk_id JOIN dedup.runs AS r ON r.run_id = q.run_id
+    WHERE q.run_id = run AND (chunk IS NULL OR q.chunk_id = chunk) AND r.status = 'halted' AND c.repair_aside IS NOT NULL
+        AND md5(coalesce(q.record::text, q.source_key, ''))::uuid <> ALL (c.repair_aside)
 $$;
-COMMENT ON FUNCTION dedup.aside_by_repair(uuid) IS 'chunks with records that a repair has set aside, which it must not leave so';
+COMMENT ON FUNCTION dedup.set_aside_by_repair(uuid, text) IS 'records that the repair of a halted run, or of one chunk, has set aside: it must not leave them so';
 
 -- A row may point at one that a chunk wrote later, in its own table or on a cycle: what foreign keys refused is tried again when the other chunks
 -- are done, as long as that makes it fewer (`before`: how many it was the last time).

@@ -51,7 +51,7 @@ BEGIN
             HINT = CASE WHEN r.status IN ('created', 'running', 'paused', 'failed')
                         THEN format('pg-dedup-migrate run --resume %s goes on.', run) ELSE 'Nothing is left to compare.' END;
     END IF;
-    IF EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.status <> 'verified') OR EXISTS (SELECT FROM dedup.aside_by_repair(run)) THEN
+    IF EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.status <> 'verified') OR EXISTS (SELECT FROM dedup.set_aside_by_repair(run, NULL)) THEN
         RAISE EXCEPTION 'run % has chunks that are not repaired yet', run USING ERRCODE = 'object_not_in_prerequisite_state',
             HINT = format('pg-dedup-migrate repair %s goes on with it.', run);
     END IF;
@@ -143,10 +143,12 @@ BEGIN
         (SELECT string_agg(t.target_snapshot, ' ' ORDER BY t.last) FROM (SELECT u.target_snapshot, max(u.compared_at) AS last FROM dedup.reconciled_chunks AS u
             WHERE u.reconciliation_id = reconciliation GROUP BY 1) AS t)
     INTO mismatches, told, seen_under FROM dedup.reconciled_chunks AS k WHERE k.reconciliation_id = reconciliation;
-    DELETE FROM dedup.sampled_keys AS s WHERE s.reconciliation_id IN (SELECT x.reconciliation_id FROM dedup.reconciliations AS x WHERE x.run_id = p.run_id);
+    -- Another pass that waits to be taken up keeps what it has.
+    DELETE FROM dedup.sampled_keys AS s WHERE s.reconciliation_id IN (SELECT x.reconciliation_id FROM dedup.reconciliations AS x
+        WHERE x.run_id = p.run_id AND (x.verdict <> 'open' OR x.reconciliation_id = reconciliation));
     -- After a repair the next pass goes on from what this one found of chunks that are right.
     UPDATE dedup.reconciled_chunks AS k SET seen = NULL, dropped = NULL, sought = NULL FROM dedup.reconciliations AS x
-    WHERE x.run_id = p.run_id AND p.sample = 1 AND k.reconciliation_id = x.reconciliation_id AND (x.reconciliation_id < reconciliation OR mismatches = 0)
+    WHERE x.run_id = p.run_id AND p.sample = 1 AND k.reconciliation_id = x.reconciliation_id AND (x.verdict <> 'open' OR x.reconciliation_id = reconciliation) AND (x.reconciliation_id < reconciliation OR mismatches = 0)
         AND (k.seen IS NOT NULL OR k.dropped IS NOT NULL OR k.sought IS NOT NULL);
     IF mismatches > 0 THEN
         result := 'mismatch';
@@ -176,6 +178,7 @@ BEGIN
         IF r.status <> 'reconciled' AND NOT EXISTS (SELECT FROM dedup.reconciliations AS x WHERE x.holds = p.run_id) THEN
             PERFORM dedup.set_run_status(p.run_id, '{done,halted}', 'reconciled', 'run_reconciled');
         END IF;
+        UPDATE dedup.checkpoints AS c SET repair_aside = NULL WHERE c.run_id = p.run_id AND c.repair_aside IS NOT NULL;
         PERFORM dedup.log_event(p.run_id, NULL, 'reconciled', told);
     END IF;
     RETURN result;

@@ -29,7 +29,7 @@ BEGIN
     SET status = 'pending', attempts = 0, not_before = NULL, written_at = NULL, repair = CASE WHEN delete_extra THEN 'delete_extra' ELSE 'rewrite' END,
         repair_aside = coalesce(c.repair_aside, dedup.aside(run, c.chunk_id))
     WHERE c.run_id = run AND (c.status IN ('verified', 'failed', 'pending') OR c.status = 'syncing' AND c.written_at IS NOT NULL)
-        AND (c.repair IS NOT NULL OR c.status <> 'verified' OR c.chunk_id IN (SELECT dedup.aside_by_repair(run))
+        AND (c.repair IS NOT NULL OR c.status <> 'verified' OR c.chunk_id IN (SELECT a.chunk_id FROM dedup.set_aside_by_repair(run, NULL) AS a)
              OR EXISTS (SELECT FROM wrong AS w WHERE w.chunk_id = c.chunk_id OR w.whole_table AND w.table_id = c.table_id));
     GET DIAGNOSTICS n = ROW_COUNT;
     PERFORM dedup.log_event(run, NULL, 'repair_started', jsonb_build_object('chunks', n, 'delete_extra', delete_extra));
@@ -56,10 +56,9 @@ BEGIN
                       FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.status IN ('failed', 'pending')),
             HINT = 'Mend the cause, then repair the run again.';
     END IF;
-    IF EXISTS (SELECT FROM dedup.aside_by_repair(run)) THEN
+    IF EXISTS (SELECT FROM dedup.set_aside_by_repair(run, NULL)) THEN
         RAISE EXCEPTION 'foreign keys refuse records of run % that are to be repaired', run USING ERRCODE = 'object_not_in_prerequisite_state',
-            DETAIL = (SELECT string_agg(DISTINCT format('chunk %s: %s', q.chunk_id, dedup.without_values(q.sqlstate, q.message)), '; ')
-                      FROM dedup.quarantine AS q WHERE q.run_id = run AND q.sqlstate = '23503' AND q.chunk_id IN (SELECT dedup.aside_by_repair(run))),
+            DETAIL = (SELECT string_agg(DISTINCT format('chunk %s: %s', a.chunk_id, a.reason), '; ') FROM dedup.set_aside_by_repair(run, NULL) AS a),
             HINT = 'Put the rows that they point at in place, then repair the run again.';
     END IF;
     FOR waiting IN SELECT u FROM dedup.unverified_tables(run) AS u LOOP
@@ -130,6 +129,7 @@ BEGIN
         CONTINUE WHEN EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.status = 'pending');
         EXIT WHEN dedup.finish_repair(run) = 0;
         rounds := rounds + 1;
+        refused := NULL;
         IF rounds > 10 THEN
             RAISE EXCEPTION 'run % cannot be repaired', run USING ERRCODE = 'object_not_in_prerequisite_state',
                 HINT = 'Look for a trigger, rule or application that changes or drops rows of the target.';

@@ -126,7 +126,10 @@ impl Target {
 }
 
 /// Nobody learns a table's keys from its index who may not read the table.
-fn may_read(table: pg_sys::Oid) -> Result<()> {
+///
+/// # Errors
+/// 42501.
+pub fn may_read(table: pg_sys::Oid) -> Result<()> {
     // SAFETY: catalog look-ups inside a transaction.
     let granted = unsafe { pg_sys::pg_class_aclcheck(table, pg_sys::GetUserId(), pg_sys::ACL_SELECT) };
     if granted == pg_sys::AclResult::ACLCHECK_OK {

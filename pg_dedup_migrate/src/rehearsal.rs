@@ -7,6 +7,7 @@ use pgrx::{JsonB, PgRelation};
 use crate::by_key::{Reading, rows_under};
 use crate::error::{Error, Result};
 use crate::hash::layout::stored_layout;
+use crate::index::may_read;
 use crate::indexing::refuse_row_security;
 use crate::keyset::KeyTypes;
 use crate::lookup::{self, Leaving};
@@ -23,9 +24,10 @@ const CONTENT: u8 = 4;
 /// is the same, + 4 the hash index has its content. An index that was made for other columns, or none, has nothing.
 ///
 /// # Errors
-/// 22023 for malformed records; what reading the target raises.
+/// 42501 without SELECT on the target, 22023 for malformed records; what reading the target raises.
 #[pg_extern(volatile, parallel_unsafe, strict)]
 fn rehearse_records(target: PgRelation, layout: JsonB, records: &[u8]) -> Result<Vec<u8>, ErrorReport> {
+    may_read(target.oid())?;
     let index = Spi::get_one_with_args::<i32>(
         "SELECT (SELECT g.target_id FROM dedup.targets AS g WHERE g.target = $1 AND g.signature = dedup.signature_of($2))",
         &[target.oid().into(), JsonB(layout.0.clone()).into()],
@@ -37,6 +39,7 @@ fn rehearse_records(target: PgRelation, layout: JsonB, records: &[u8]) -> Result
 fn look(table: pgrx::pg_sys::Oid, layout: JsonB, index: Option<i32>, records: &[u8]) -> Result<Vec<u8>> {
     refuse_row_security(table, "cannot be foreseen")?;
     let layout = stored_layout(layout)?;
+    layout.validate().map_err(|e| Error::invalid(format!("unusable layout: {e}")))?;
     let records: Vec<_> = wire::records(records)
         .collect::<std::result::Result<_, _>>()
         .map_err(|e| Error::invalid(format!("malformed records: {e}")))?;

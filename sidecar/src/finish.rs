@@ -48,12 +48,17 @@ pub async fn verify_written(target: &Session, run: Uuid, stop: &Stop) -> Result<
 /// Between two looks at a table that another process verifies.
 const OTHERS_AT_IT: Duration = Duration::from_millis(500);
 
-/// Opens chunks with records that foreign keys refused again, if later chunks may have satisfied them and they are fewer than `before`; answers how
+/// Opens chunks, of sources that workers read or that the target database reads, with records that foreign keys refused again, if later chunks may have satisfied them and they are fewer than `before`; answers how
 /// many they are.
-pub async fn retry_foreign_keys(target: &Session, run: Uuid, before: Option<i64>) -> Result<Option<i64>> {
+pub async fn retry_foreign_keys(
+    target: &Session,
+    run: Uuid,
+    before: Option<i64>,
+    local: bool,
+) -> Result<Option<i64>> {
     target
         .client
-        .query_one("SELECT dedup.retry_foreign_keys($1::uuid, $2::int8, false)", &[&run, &before])
+        .query_one("SELECT dedup.retry_foreign_keys($1::uuid, $2::int8, $3::bool)", &[&run, &before, &local])
         .await
         .and_then(|row| row.try_get(0))
         .at(Side::Target, "retrying foreign keys")

@@ -84,8 +84,8 @@ async fn begin(admin: &Session, run: &Run, delete_extra: bool) -> Result<Option<
 async fn rewrite(job: &Job, ends: &mut Ends, run: &Run, stop: &Stop) -> Result<()> {
     /// Each round does what the one before could not know of. If there is no end to it, somebody undoes what is done.
     const ROUNDS: usize = 10;
-    let mut refused = None;
     for _ in 0..ROUNDS {
+        let mut refused = [None; 2];
         let mut stuck = usize::MAX;
         loop {
             let _keeper = resume::renew_snapshot(run, &ends.source, &ends.admin).await?;
@@ -117,7 +117,9 @@ async fn rewrite(job: &Job, ends: &mut Ends, run: &Run, stop: &Stop) -> Result<(
                 continue;
             }
             stuck = usize::MAX;
-            refused = finish::retry_foreign_keys(&ends.admin, run.run_id, refused).await?;
+            for (local, refused) in [false, true].into_iter().zip(&mut refused) {
+                *refused = finish::retry_foreign_keys(&ends.admin, run.run_id, *refused, local).await?;
+            }
             if !protocol::is_open(&ends.admin, run.run_id, Whose::All).await? {
                 break;
             }

@@ -259,7 +259,10 @@ async fn lane(rolling: Arc<Rolling>) -> Result<()> {
                 rolling.undone.fetch_add(1, Ordering::SeqCst);
                 rolling.counters.taken_back(step.rows, step.left_alone);
                 let bytes = usize::try_from(step.rows * rolling.row_bytes).unwrap_or(usize::MAX);
-                rolling.counters.throttle.pace(bytes).await;
+                tokio::select! {
+                    () = rolling.counters.throttle.pace(bytes) => {}
+                    () = rolling.stop.aborted() => break,
+                }
                 failpoint::reach(Failpoint::AfterCommit).await;
             }
             state => {

@@ -181,7 +181,7 @@ async fn work_to_the_end(job: &Job, ends: &mut Ends, run: &Run, stop: &Stop) -> 
             return Ok(());
         }
         if !is_open(&ends.admin, run.run_id, Whose::Workers).await? {
-            unreferenced = finish::retry_foreign_keys(&ends.admin, run.run_id, unreferenced).await?;
+            unreferenced = finish::retry_foreign_keys(&ends.admin, run.run_id, unreferenced, false).await?;
             if is_open(&ends.admin, run.run_id, Whose::Workers).await? {
                 continue;
             }

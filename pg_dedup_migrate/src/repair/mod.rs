@@ -140,20 +140,18 @@ pub fn rows_of_other_chunks(chunk: &OpenChunk) -> Result<HashSet<[u8; 16]>> {
 /// so until the other chunks are done: `dedup.finish_repair` looks at that.
 ///
 /// # Errors
-/// 55000 when the chunk has more records in quarantine, for other reasons, than when the repair began.
+/// 55000 when the chunk has records in quarantine, for other reasons, that were not there when the repair began.
 pub fn refuse_more_quarantine(chunk: &OpenChunk) -> Result<()> {
     if chunk.repair.is_none() {
         return Ok(());
     }
     let (more, reason) = Spi::get_two_with_args::<i64, String>(
-        "SELECT (dedup.aside(c.run_id, c.chunk_id))[2] OPERATOR(pg_catalog.-) coalesce(c.repair_aside[2], 0), \
-             (SELECT pg_catalog.string_agg(DISTINCT q.reason OPERATOR(pg_catalog.||) ': ' OPERATOR(pg_catalog.||) dedup.without_values(q.sqlstate, q.message), '; ') \
-              FROM dedup.quarantine AS q WHERE q.run_id = c.run_id AND q.chunk_id = c.chunk_id AND q.sqlstate IS DISTINCT FROM '23503') \
-         FROM dedup.checkpoints AS c WHERE c.run_id = $1 AND c.chunk_id = $2",
+        "SELECT pg_catalog.count(*), pg_catalog.string_agg(DISTINCT a.reason, '; ') \
+         FROM dedup.set_aside_by_repair($1, $2) AS a WHERE NOT a.by_foreign_key",
         &[chunk.run.into(), chunk.chunk_id.as_str().into()],
     )?;
     let more = required(more)?;
-    if more <= 0 {
+    if more == 0 {
         return Ok(());
     }
     Err(Error::state(format!(

@@ -122,7 +122,10 @@ fn decrease(
         return (limits, Memory { good: 0, since_decrease, ..memory }, State::Slowed);
     }
     // What is really read: a rate far above it would take long to come down to where it limits.
-    let now = limits.rate.map_or(throughput, |rate| rate.min(throughput.max(bounds.least)));
+    // One second in which all lanes write says little: half of what was reached is taken for read, at first.
+    let now = limits
+        .rate
+        .map_or(throughput.max(memory.before / 2.0), |rate| rate.min(throughput.max(bounds.least)));
     let rate = (now / 2.0).max(bounds.least);
     let active = (limits.active.unwrap_or(lanes) / 2).max(1);
     (

@@ -31,8 +31,13 @@ use crate::progress::Counters;
 const REPORT: Duration = Duration::from_secs(1);
 /// Time between two probes.
 const PROBE: Duration = Duration::from_millis(100);
+/// Time that the target has to say how it is.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// Bytes a second that a run is never slowed below, unless it says otherwise.
 const LEAST_RATE: f64 = 1e6;
+
+/// Said where the target gives no limits.
+const UNASKED: &str = "the throttle can't be asked";
 
 /// How fast this process may read.
 pub struct Throttle {
@@ -121,7 +126,7 @@ impl Flow {
             reporter.report().await
         };
         if let Err(error) = joined.await {
-            tracing::debug!("throttle: {error}");
+            reporter.lose(&error);
         }
         Throttling { task: tokio::spawn(reporter.go_on()) }
     }
@@ -135,6 +140,8 @@ struct Reporter {
     target: Option<Session>,
     read: Latency,
     commit: Latency,
+    /// Signals count.
+    by_signals: bool,
     /// Why the target can't be probed.
     unprobed: Option<String>,
     /// Bytes that had been read at the last report.
@@ -152,6 +159,7 @@ impl Reporter {
             target: None,
             read: Latency::default(),
             commit: Latency::default(),
+            by_signals: true,
             unprobed: None,
             seen: (Instant::now(), 0),
             wal: None,
@@ -163,12 +171,21 @@ impl Reporter {
             match self.second().await {
                 Ok(()) => {}
                 Err(error) => {
-                    tracing::debug!("throttle: {error}");
+                    self.lose(&error);
                     self.target = None;
                     tokio::time::sleep(REPORT).await;
                 }
             }
         }
+    }
+
+    /// Without an answer nobody knows what source and target bear: then it is little.
+    fn lose(&mut self, error: &Error) {
+        let throttle = &self.flow.counters.throttle;
+        if !throttle.note().is_some_and(|note| note.contains(UNASKED)) {
+            tracing::warn!("{UNASKED}: {error}");
+        }
+        throttle.allow(Some(LEAST_RATE), Some(UNASKED.to_owned()));
     }
 
     async fn connect(&mut self) -> Result<()> {
@@ -182,6 +199,9 @@ impl Reporter {
     async fn second(&mut self) -> Result<()> {
         let until = Instant::now() + REPORT;
         self.connect().await?;
+        if !self.by_signals {
+            tokio::time::sleep_until(until.into()).await;
+        }
         while Instant::now() < until {
             let next = Instant::now() + PROBE;
             self.probe_source().await;
@@ -233,7 +253,7 @@ impl Reporter {
         let row = target
             .client
             .query_one(
-                "SELECT run_status, allowed, reason, turn FROM dedup.throttle_report($1::uuid, $2::uuid, $3::int4, $4::float8)",
+                "SELECT run_status, allowed, by_signals, reason, turn FROM dedup.throttle_report($1::uuid, $2::uuid, $3::int4, $4::float8)",
                 &[&self.flow.run, &self.process, &i32::from(self.flow.lanes), &read_rate],
             )
             .await
@@ -248,15 +268,16 @@ impl Reporter {
             });
         }
         let allowed: Option<f64> = row.try_get(1).at(Side::Target, doing)?;
-        self.flow.counters.throttle.allow(allowed, row.try_get(2).at(Side::Target, doing)?);
-        match row.try_get::<_, Option<Value>>(3).at(Side::Target, doing)? {
+        self.flow.counters.throttle.allow(allowed, row.try_get(3).at(Side::Target, doing)?);
+        self.by_signals = row.try_get::<_, Option<bool>>(2).at(Side::Target, doing)?.unwrap_or(true);
+        match row.try_get::<_, Option<Value>>(4).at(Side::Target, doing)? {
             Some(turn) => self.decide(&turn).await,
             None => Ok(()),
         }
     }
 
     async fn decide(&mut self, turn: &Value) -> Result<()> {
-        let mut signals = turn["signals"].clone();
+        let mut signals = self.target_signals().await;
         self.look_at_source(&mut signals).await;
         let number = |value: &Value| value.as_f64();
         let wal_now = number(&signals["wal_position"]).map(|position| (Instant::now(), position));
@@ -268,10 +289,9 @@ impl Reporter {
         };
         self.wal = wal_now;
         let options = &turn["options"];
-        let bounds = Bounds {
-            least: number(&options["min_rate"]).unwrap_or(LEAST_RATE),
-            most: number(&options["max_rate"]),
-        };
+        let most = number(&options["max_rate"]);
+        let least = number(&options["min_rate"]).unwrap_or(LEAST_RATE);
+        let bounds = Bounds { least: least.min(most.unwrap_or(f64::MAX)), most };
         let limits = Limits {
             rate: number(&turn["byte_rate"]),
             active: turn["active_chunks"].as_u64().and_then(|active| u32::try_from(active).ok()),
@@ -322,6 +342,25 @@ impl Reporter {
         Ok(())
     }
 
+    /// What the target says of itself, in time.
+    async fn target_signals(&self) -> Value {
+        let Some(target) = &self.target else { return json!({}) };
+        let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 1] = [&self.flow.run];
+        let asked = target.client.query_one("SELECT dedup.target_signals($1::uuid)", &parameters);
+        let why = match tokio::time::timeout(PATIENCE, asked).await {
+            Ok(Ok(row)) => match row.try_get(0) {
+                Ok(signals) => return signals,
+                Err(error) => error.to_string(),
+            },
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => {
+                target.cancel().await;
+                format!("no answer within {} s", PATIENCE.as_secs())
+            }
+        };
+        json!({"target_probe": {"unknown": why}})
+    }
+
     async fn look_at_source(&mut self, signals: &mut Value) {
         if self.flow.source.is_none() {
             return;
@@ -358,10 +397,10 @@ async fn source_signals(source: &Session) -> Result<Value> {
                  'source_sessions', CASE WHEN pg_catalog.bool_or(a.state IS NULL) THEN '{\"unknown\": \"the state of sessions may not be seen; GRANT pg_read_all_stats\"}'::pg_catalog.jsonb \
                      ELSE pg_catalog.to_jsonb(pg_catalog.count(*) FILTER (WHERE a.state <> 'idle' OR a.state_change > pg_catalog.clock_timestamp() - '2 s'::pg_catalog.interval)) END, \
                  'source_connections', (SELECT pg_catalog.count(*)::pg_catalog.float8 / pg_catalog.current_setting('max_connections')::pg_catalog.float8 \
-                     FROM pg_catalog.pg_stat_activity AS c WHERE c.backend_type = 'client backend'), \
+                     FROM pg_catalog.pg_stat_activity AS c WHERE c.backend_type = 'client backend' OR c.backend_type IS NULL AND c.usesysid IS NOT NULL), \
                  'snapshot_age', (SELECT pg_catalog.max(extract(epoch FROM pg_catalog.clock_timestamp() - s.xact_start))::pg_catalog.float8 \
-                     FROM pg_catalog.pg_stat_activity AS s WHERE s.backend_xmin IS NOT NULL)) \
-             FROM pg_catalog.pg_stat_activity AS a WHERE a.backend_type = 'client backend' AND a.application_name NOT LIKE 'pg-dedup-migrate/%'",
+                     FROM pg_catalog.pg_stat_activity AS s WHERE s.backend_xmin IS NOT NULL AND s.backend_type = 'client backend' AND s.application_name NOT LIKE 'pg-dedup-migrate/%')) \
+             FROM pg_catalog.pg_stat_activity AS a WHERE (a.backend_type = 'client backend' OR a.backend_type IS NULL AND a.usesysid IS NOT NULL) AND a.application_name NOT LIKE 'pg-dedup-migrate/%'",
             &[],
         )
         .await

@@ -440,6 +440,29 @@ async fn chunks_that_point_at_each_other() {
     }
 }
 
+/// Records in quarantine are told apart, not counted: one that goes in does not make room for another.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_in_quarantine_for_another() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec("CREATE TABLE public.parents (id int PRIMARY KEY); INSERT INTO public.parents VALUES (1), (2); \
+        CREATE TABLE public.items (id int PRIMARY KEY, parent int REFERENCES public.parents ON DELETE CASCADE, body text)").await;
+    pair.source.exec("CREATE TABLE public.items (id int PRIMARY KEY, parent int, body text); INSERT INTO public.items SELECT n, n % 3 + 1, 'body ' || n FROM generate_series(1, 5) AS n").await;
+    pair.run(&["public.items"]).exits(exit::LEFT_ASIDE).await;
+    let aside = "SELECT source_key || ' ' || sqlstate FROM dedup.quarantine ORDER BY 1";
+    assert_eq!(db.column(aside).await, ["id=2 23503", "id=5 23503"]);
+    // The parent of two comes, that of two others goes, and they with it.
+    db.exec("INSERT INTO public.parents VALUES (3); DELETE FROM public.parents WHERE id = 2").await;
+    pair.reconcile().exits(exit::HALTED).await;
+    pair.repair().exits(exit::ERROR).await.says("foreign keys refuse");
+    pair.reconcile().exits(exit::ERROR).await.says("not repaired yet");
+    assert_eq!(run_status_of_last(db).await, "halted");
+    db.exec("INSERT INTO public.parents VALUES (2)").await;
+    pair.repair().exits(exit::DONE).await;
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM public.items").await, 5);
+    assert_eq!(run_status_of_last(db).await, "reconciled");
+}
+
 async fn run_status_of_last(db: &Db) -> String {
     db.one("SELECT status FROM dedup.runs ORDER BY created_at DESC LIMIT 1").await
 }

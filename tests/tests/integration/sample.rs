@@ -306,6 +306,18 @@ async fn beside_a_full_pass() {
         db.column("SELECT verdict FROM dedup.reconciliations ORDER BY reconciliation_id").await,
         ["clean", "clean"]
     );
+    // A sample that was cut off keeps what was drawn for it while a whole pass ends.
+    let sample = ["--sample", NEARLY_ALL];
+    pair.reconcile().args(&sample).workers(1).killed_at(&format!("{}@2", failpoint::AFTER_COMMIT)).await;
+    db.wait_until(
+        "NOT EXISTS (SELECT FROM pg_stat_activity WHERE application_name LIKE 'pg-dedup-migrate%')",
+    )
+    .await;
+    pair.reconcile().exits(exit::DONE).await;
+    db.exec("CREATE TABLE public.saved AS TABLE public.t; UPDATE public.t SET body = body || ' tampered' WHERE id > 200").await;
+    pair.reconcile().args(&sample).exits(exit::HALTED).await;
+    db.exec("DELETE FROM public.t; INSERT INTO public.t TABLE public.saved").await;
+    pair.reconcile().exits(exit::DONE).await;
     db.exec("DELETE FROM public.t WHERE body IN ('body 6', 'body 7')").await;
     pair.reconcile().exits(exit::HALTED).await;
     pair.reconcile().args(&["--sample", "0.05"]).output().await;

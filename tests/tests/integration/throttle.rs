@@ -90,6 +90,38 @@ async fn paused_and_resumed() {
     assert_eq!(running.finish().await.code, Some(exit::DONE));
 }
 
+/// A role that may not see other sessions counts them all the same; who is not the owner does not decide by the owner's query.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_may_not_be_seen() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec("CREATE ROLE loader LOGIN; GRANT USAGE ON SCHEMA dedup TO loader; GRANT EXECUTE ON ALL ROUTINES IN SCHEMA dedup TO loader; \
+        GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA dedup TO loader; CREATE TABLE public.items (id int PRIMARY KEY)").await;
+    let other = pair.target_again().await;
+    other.exec("SELECT 1").await;
+    db.exec("SET ROLE loader").await;
+    let hidden: String = db.one("SELECT dedup.other_sessions()::text").await;
+    assert!(hidden.contains("pg_read_all_stats"), "{hidden}");
+    db.exec("RESET ROLE").await;
+    let seen: i32 = db.one("SELECT dedup.other_sessions()::text::int").await;
+    assert!(seen >= 1, "{seen} sessions");
+    let run: String = db
+        .one("SELECT dedup.create_run('asks', '{\"settings\": {\"throttle\": {\"query\": \"SELECT 1\"}}}')::text")
+        .await;
+    let turn =
+        format!("SELECT turn IS NOT NULL FROM dedup.throttle_report('{run}', gen_random_uuid(), 1, 0)");
+    db.exec("SET ROLE loader").await;
+    assert!(!db.one::<bool>(&turn).await);
+    db.exec("RESET ROLE").await;
+    assert!(db.one::<bool>(&turn).await);
+    // Limits by signals end when nobody decides any more.
+    db.exec(&format!("UPDATE dedup.throttle SET byte_rate = 1000, active_chunks = 1 WHERE run_id = '{run}'"))
+        .await;
+    assert_eq!(db.one::<Option<f64>>(&format!("SELECT dedup.allowed_rate('{run}')")).await, Some(1000.0));
+    db.exec("UPDATE dedup.throttle SET decided_at = decided_at - interval '2 min'").await;
+    assert_eq!(db.one::<Option<f64>>(&format!("SELECT dedup.allowed_rate('{run}')")).await, None);
+}
+
 /// A query of the user's slows the run to its least rate and says why; when it is content again, the run is let go.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_query_slows_the_run() {
