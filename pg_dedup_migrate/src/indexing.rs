@@ -11,7 +11,7 @@ use crate::chunk;
 use crate::error::{Error, Result};
 use crate::hash::rows;
 use crate::index::Target;
-use crate::keyset::{column_list, qualified_name};
+use crate::keyset::{every_row, qualified_name};
 use crate::lookup::{self, Place};
 use crate::merge::Merge;
 use crate::relation::{Access, Snapshot, Table};
@@ -221,8 +221,7 @@ struct Indexed {
 fn index_rows(target: &Target, before: Before) -> Result<i64> {
     /// Entries are sorted and written in batches of this many; memory about 100 bytes each.
     const BATCH: usize = 1_000_000;
-    let query =
-        format!("SELECT {} FROM {} AS t", column_list(&target.layout, "t"), qualified_name(target.table));
+    let query = every_row(&target.layout, target.table);
     let ordinal = segment::nobodys_ordinal(target.id)?;
     let mut batch: Vec<Indexed> = Vec::new();
     let mut added = 0;

@@ -42,6 +42,11 @@ pub fn column_list(layout: &Layout, alias: &str) -> String {
     columns.join(", ")
 }
 
+/// The query of every row of a table, as `t`, in COPY order.
+pub fn every_row(layout: &Layout, table: pg_sys::Oid) -> String {
+    format!("SELECT {} FROM {} AS t", column_list(layout, "t"), qualified_name(table))
+}
+
 /// A half-open key range in the target's own order.
 #[derive(Clone, Debug)]
 pub struct KeyRange {

@@ -17,7 +17,7 @@ use pgrx::prelude::*;
 use crate::error::{Error, Result};
 use crate::hash::rows;
 use crate::index::Target;
-use crate::keyset::{column_list, hash_of, qualified_name};
+use crate::keyset::{every_row, hash_of, qualified_name};
 use crate::passes::Passes;
 use crate::relation::{Access, Snapshot, Table};
 use crate::segment::{self, BlockReader, Segment, next_number};
@@ -213,8 +213,7 @@ fn look_for(target: &Target, expected: &mut [Expected], waiting: &mut Waiting) -
     if expected.is_empty() {
         return Ok(());
     }
-    let query =
-        format!("SELECT {} FROM {} AS t", column_list(&target.layout, "t"), qualified_name(target.table));
+    let query = every_row(&target.layout, target.table);
     let mut key = Vec::new();
     rows::scan(&query, &[], &target.layout, 0, |row| {
         let digests = row.digests()?;

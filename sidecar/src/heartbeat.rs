@@ -51,6 +51,15 @@ impl Identities {
     }
 }
 
+/// Tells the run's status, if it is another one than last heard.
+pub fn tell(status: &watch::Sender<String>, now: String) {
+    status.send_if_modified(|known| {
+        let changed = *known != now;
+        *known = now;
+        changed
+    });
+}
+
 /// The run's status as last heard.
 pub type RunStatus = watch::Receiver<String>;
 
@@ -90,13 +99,7 @@ async fn go_on(
     loop {
         tokio::time::sleep(INTERVAL).await;
         match beat(&session, run, &identities).await {
-            Ok(Some(now)) => {
-                status.send_if_modified(|known| {
-                    let changed = *known != now;
-                    *known = now;
-                    changed
-                });
-            }
+            Ok(Some(now)) => tell(&status, now),
             Ok(None) => {}
             Err(error) => {
                 tracing::warn!("no heartbeat: {error}");

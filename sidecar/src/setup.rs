@@ -19,14 +19,6 @@ use crate::plan::{self, PlannedChunk};
 use crate::runs;
 use crate::source::{self, SourceSpec};
 
-/// A run that was created.
-pub struct Created {
-    /// Its id.
-    pub run_id: Uuid,
-    /// Keeps the snapshot that tables without a key are read under.
-    pub snapshot_keeper: Option<Session>,
-}
-
 /// One pair before it is part of a run.
 pub struct Pair {
     /// The source.
@@ -37,9 +29,9 @@ pub struct Pair {
     pub options: TableOptions,
 }
 
-/// A run as it would be created.
+/// A run that was planned.
 pub struct Planned {
-    /// Its id, if it is kept.
+    /// Its id; of a plan that was taken back nobody's.
     pub run_id: Uuid,
     /// Its pairs and their chunks.
     pub tables: Vec<(Added, Vec<PlannedChunk>)>,
@@ -70,20 +62,8 @@ pub async fn create(
     endpoint: &Arc<Endpoint>,
     source: &Session,
     target: &Session,
-) -> Result<Created> {
-    let pairs = pairs(job, source, target).await?;
-    target.client.batch_execute("BEGIN").await.at(Side::Target, "begin")?;
-    match create_in_transaction(job, endpoint, source, target, &pairs).await {
-        Ok(planned) => {
-            target.client.batch_execute("COMMIT").await.at(Side::Target, "creating the run")?;
-            Ok(Created { run_id: planned.run_id, snapshot_keeper: planned.snapshot_keeper })
-        }
-        Err(error) => {
-            // Best effort: a lost connection has no transaction to take back.
-            let _ = target.client.batch_execute("ROLLBACK").await;
-            Err(error)
-        }
-    }
+) -> Result<Planned> {
+    plan_and(job, endpoint, source, target, "COMMIT").await
 }
 
 /// Plans a run as [`create`] would, every check of both sides included, and leaves nothing of it.
@@ -93,13 +73,30 @@ pub async fn plan_only(
     source: &Session,
     target: &Session,
 ) -> Result<Planned> {
+    plan_and(job, endpoint, source, target, "ROLLBACK").await
+}
+
+/// Plans a run in a transaction of the target that ends with `end`.
+async fn plan_and(
+    job: &Job,
+    endpoint: &Arc<Endpoint>,
+    source: &Session,
+    target: &Session,
+    end: &str,
+) -> Result<Planned> {
     let pairs = pairs(job, source, target).await?;
     target.client.batch_execute("BEGIN").await.at(Side::Target, "begin")?;
-    let planned = create_in_transaction(job, endpoint, source, target, &pairs).await;
-    let taken_back = target.client.batch_execute("ROLLBACK").await;
-    let planned = planned?;
-    taken_back.at(Side::Target, "taking the plan back")?;
-    Ok(planned)
+    match create_in_transaction(job, endpoint, source, target, &pairs).await {
+        Ok(planned) => {
+            target.client.batch_execute(end).await.at(Side::Target, "ending the plan's transaction")?;
+            Ok(planned)
+        }
+        Err(error) => {
+            // Best effort: a lost connection has no transaction to take back.
+            let _ = target.client.batch_execute("ROLLBACK").await;
+            Err(error)
+        }
+    }
 }
 
 async fn create_in_transaction(

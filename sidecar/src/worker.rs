@@ -521,7 +521,6 @@ async fn warm(target: &Session) {
 }
 
 /// Waits until one more may read, or write.
-/// Waits until one of so many may go on.
 pub async fn take_turn(turns: &Semaphore) -> Result<SemaphorePermit<'_>> {
     turns.acquire().await.map_err(|_| Error::here(Kind::Interrupted, "interrupted"))
 }

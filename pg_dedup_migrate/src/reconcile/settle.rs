@@ -18,7 +18,7 @@ use crate::by_key::{Reading, rows_under};
 use crate::error::{Error, Result};
 use crate::hash::rows::{self, View};
 use crate::index::Target;
-use crate::keyset::{column_list, hash_of, qualified_name};
+use crate::keyset::{every_row, hash_of};
 use crate::ledger;
 use crate::lookup::Place;
 use crate::merge::Merge;
@@ -249,8 +249,7 @@ impl Settlement<'_> {
             return Ok(());
         }
         let layout = &self.target.layout;
-        let query =
-            format!("SELECT {} FROM {} AS t", column_list(layout, "t"), qualified_name(self.target.table));
+        let query = every_row(layout, self.target.table);
         rows::scan_in(View::Statement, &query, &[], layout, 0, |row| {
             gone.remove(row.digests()?.content.as_bytes());
             Ok(())
@@ -389,11 +388,7 @@ impl Settlement<'_> {
         gone: &mut HashSet<[u8; 32]>,
         pass: Pass,
     ) -> Result<Vec<(Digest, Vec<u8>)>> {
-        let query = format!(
-            "SELECT {} FROM {} AS t",
-            column_list(&self.target.layout, "t"),
-            qualified_name(self.target.table)
-        );
+        let query = every_row(&self.target.layout, self.target.table);
         let layout = self.target.layout.clone();
         let (keyless, tells_foreign) = (self.keyless(), !self.compared.counts_rows);
         let (mut key, mut twins) = (Vec::new(), Vec::new());

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::hash::rows;
 use crate::index::{Target, targets_of};
 use crate::indexing::lock_exclusively;
-use crate::keyset::{column_list, hash_of, qualified_name};
+use crate::keyset::{every_row, hash_of};
 use crate::lookup::{Place, Subject};
 use crate::merge::Merge;
 use crate::passes::Passes;
@@ -37,8 +37,7 @@ fn without_row(target: &Target) -> Result<i64> {
     let blocks = Table::open("segment_block", Access::Read)?;
     let segments = segment::segments_of(target.id, &snapshot)?;
     let most = segment::most_entries(&segments);
-    let query =
-        format!("SELECT {} FROM {} AS t", column_list(&target.layout, "t"), qualified_name(target.table));
+    let query = every_row(&target.layout, target.table);
     let mut retracted = 0;
     for pass in Passes::of(most, size_of::<([u8; 32], u64)>() + 1).each() {
         let each = |visit: &mut dyn FnMut(&Digest, &Place) -> Result<()>| {

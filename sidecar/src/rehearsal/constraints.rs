@@ -4,6 +4,7 @@ use futures_util::{SinkExt, TryStreamExt};
 use pg_dedup_record::sql::quote_ident;
 
 use super::prediction::{KEY_COLLISION, Refusal};
+use super::trial::UNIQUE_VIOLATION;
 use crate::catalog::RelationKind;
 use crate::conn::Session;
 use crate::error::{At, Error, Result, Side};
@@ -70,7 +71,7 @@ async fn look_at_unique(
     }
     let records = repeated(source, beside, &columns, unique.nulls_are_equal).await?;
     if records > 0 {
-        let mut refusal = Refusal::new("23505", Some(name), records);
+        let mut refusal = Refusal::new(UNIQUE_VIOLATION, Some(name), records);
         if is_key {
             refusal.reason = KEY_COLLISION.to_owned();
         }
@@ -166,6 +167,8 @@ struct ForeignKey {
     parent_columns: Vec<String>,
     column_types: Vec<String>,
     match_full: bool,
+    /// Every row was checked.
+    validated: bool,
 }
 
 impl ForeignKey {
@@ -202,7 +205,7 @@ async fn foreign_keys(session: &Session, table: u32) -> Result<Vec<ForeignKey>> 
                  (SELECT array_agg(pg_catalog.format_type(a.atttypid, a.atttypmod) ORDER BY k.n) \
                   FROM pg_catalog.unnest(f.conkey) WITH ORDINALITY AS k(attnum, n) \
                   JOIN pg_catalog.pg_attribute AS a ON a.attrelid = f.conrelid AND a.attnum = k.attnum), \
-                 f.confmatchtype = 'f' \
+                 f.confmatchtype = 'f', f.convalidated \
              FROM pg_catalog.pg_constraint AS f JOIN pg_catalog.pg_class AS p ON p.oid = f.confrelid \
                  JOIN pg_catalog.pg_namespace AS n ON n.oid = p.relnamespace \
              WHERE f.conrelid = $1 AND f.contype = 'f' AND f.conparentid = 0 ORDER BY 1",
@@ -221,6 +224,7 @@ async fn foreign_keys(session: &Session, table: u32) -> Result<Vec<ForeignKey>> 
                 parent_columns: list(4)?,
                 column_types: list(5)?,
                 match_full: row.try_get(6).at(session.side, doing)?,
+                validated: row.try_get(7).at(session.side, doing)?,
             })
         })
         .collect()
@@ -291,7 +295,8 @@ async fn repeated(
         names.join(", "),
         records.join(" UNION ALL "),
     );
-    count(source, &sql, "looking for records that share unique values").await
+    let [repeated] = counts(source, &sql, "looking for records that share unique values").await?;
+    Ok(repeated)
 }
 
 /// Whether an index of the source says that no two records share these values.
@@ -330,11 +335,8 @@ async fn partly_null(source: &Session, pair: &Added, columns: &[String]) -> Resu
         from(pair),
         columns.len()
     );
-    let row = source.client.query_one(&sql, &[]).await.with_records(Side::Source, doing)?;
-    let number = |index: usize| -> Result<u64> {
-        Ok(row.try_get::<_, i64>(index).with_records(Side::Source, doing)?.unsigned_abs())
-    };
-    Ok((number(0)?, number(1)?))
+    let [records, contents] = counts(source, &sql, doing).await?;
+    Ok((records, contents))
 }
 
 async fn has_children(source: &Session, table: u32) -> Result<bool> {
@@ -347,9 +349,14 @@ async fn has_children(source: &Session, table: u32) -> Result<bool> {
         .at(source.side, doing)
 }
 
-async fn count(session: &Session, sql: &str, doing: &str) -> Result<u64> {
+/// The numbers in the one row that a query gives.
+async fn counts<const N: usize>(session: &Session, sql: &str, doing: &str) -> Result<[u64; N]> {
     let row = session.client.query_one(sql, &[]).await.with_records(session.side, doing)?;
-    Ok(row.try_get::<_, i64>(0).with_records(session.side, doing)?.unsigned_abs())
+    let mut counts = [0; N];
+    for (index, count) in counts.iter_mut().enumerate() {
+        *count = row.try_get::<_, i64>(index).with_records(session.side, doing)?.unsigned_abs();
+    }
+    Ok(counts)
 }
 
 /// Records that point at rows which neither stand in the target nor come with the run, and how many contents they have.
@@ -413,12 +420,9 @@ async fn dangling(
         key.parent_name,
         equal.join(" AND ")
     );
-    let row = target.client.query_one(&sql, &[]).await.with_records(Side::Target, doing)?;
+    let [records, contents] = counts(target, &sql, doing).await?;
     target.client.batch_execute("DROP TABLE pg_temp.rehearsal_keys").await.at(Side::Target, doing)?;
-    let number = |index: usize| -> Result<u64> {
-        Ok(row.try_get::<_, i64>(index).with_records(Side::Target, doing)?.unsigned_abs())
-    };
-    Ok((number(0)?, number(1)?))
+    Ok((records, contents))
 }
 
 /// The rows of a parent that are written. Of records with the same content one is, and which one nobody knows: the first by the columns that
@@ -442,7 +446,7 @@ async fn guaranteed(source: &Session, pair: &Added, key: &ForeignKey, parents: &
     if !are_bare(pair, &key.columns) {
         return Ok(false);
     }
-    let own = foreign_keys_of_source(source, pair.source.oid).await?;
+    let own = foreign_keys(source, pair.source.oid).await?;
     Ok(parents.iter().any(|parent| {
         // All of the parent comes, its pointed-at columns as they are, and none of it is dropped.
         let whole = parent.spec.filter.is_none() && are_bare(parent, &key.parent_columns);
@@ -451,28 +455,12 @@ async fn guaranteed(source: &Session, pair: &Added, key: &ForeignKey, parents: &
         whole
             && kept
             && own.iter().any(|own| {
-                own.parent == parent.source.oid
+                own.validated
+                    && own.parent == parent.source.oid
                     && own.columns == key.columns
                     && own.parent_columns == key.parent_columns
             })
     }))
-}
-
-/// The foreign keys that the source has checked.
-async fn foreign_keys_of_source(source: &Session, table: u32) -> Result<Vec<ForeignKey>> {
-    let doing = "reading the foreign keys";
-    let mut keys = foreign_keys(source, table).await?;
-    let valid: Vec<String> = source
-        .client
-        .query_one(
-            "SELECT coalesce(array_agg(conname::text), '{}') FROM pg_catalog.pg_constraint WHERE conrelid = $1 AND contype = 'f' AND convalidated",
-            &[&table],
-        )
-        .await
-        .and_then(|row| row.try_get(0))
-        .at(source.side, doing)?;
-    keys.retain(|key| valid.contains(&key.name));
-    Ok(keys)
 }
 
 /// Copies the rows of a query on the source into the target.

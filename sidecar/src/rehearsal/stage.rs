@@ -1,6 +1,6 @@
 //! The lanes: chunks are read and tried as a run would read and write them.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -97,8 +97,7 @@ impl Stage {
             };
             parts.insert(pair.table_id, part);
         }
-        let targets: std::collections::BTreeSet<u32> =
-            tables.iter().map(|(pair, _)| pair.target.oid).collect();
+        let targets: BTreeSet<u32> = tables.iter().map(|(pair, _)| pair.target.oid).collect();
         let most = MOST_CONTENTS / targets.len().max(1);
         let counters = Arc::new(Counters::default());
         // Signals belong to a run; the rate that it may have at most is known.
@@ -143,7 +142,7 @@ impl Stage {
     /// What it comes to.
     pub fn foresee(&self, job: &Job, took: Duration, sample: f64) -> Prediction {
         let tallies = lock(&self.tallies);
-        let mut tables: Vec<TablePrediction> = Vec::new();
+        let mut by_number: BTreeMap<i32, TablePrediction> = BTreeMap::new();
         for (oid, contents) in &self.contents {
             let on_target: Vec<(&Part, &Tally)> = self
                 .parts
@@ -151,15 +150,10 @@ impl Stage {
                 .filter(|(_, part)| part.pair.target.oid == *oid)
                 .filter_map(|(id, part)| Some((part, tallies.get(id)?)))
                 .collect();
-            tables.extend(tally::foresee(&on_target, &lock(contents)));
+            let numbers = on_target.iter().map(|(part, _)| part.pair.table_id);
+            by_number.extend(numbers.zip(tally::foresee(&on_target, &lock(contents))));
         }
-        let order: Vec<&Part> = self.parts.values().collect();
-        let place = |table: &TablePrediction| {
-            order.iter().position(|part| {
-                part.table.source == table.source && part.pair.target.name.to_string() == table.target
-            })
-        };
-        tables.sort_by_key(place);
+        let tables: Vec<TablePrediction> = by_number.into_values().collect();
         let read: u64 = tallies.values().map(|tally| tally.read_bytes).sum();
         let bytes_per_second = read as f64 / took.as_secs_f64().max(0.001);
         let bytes: u64 = tables.iter().map(|table| table.bytes).sum();

@@ -25,6 +25,7 @@ use self::controller::{Bounds, Limits, Memory};
 use self::signals::{Latency, Thresholds};
 use crate::conn::{Endpoint, Role, Session};
 use crate::error::{At, Error, Result, Side};
+use crate::heartbeat;
 use crate::progress::Counters;
 
 /// Time between two reports.
@@ -261,11 +262,7 @@ impl Reporter {
         if let (Some(status), Some(now)) =
             (&self.flow.status, row.try_get::<_, Option<String>>(0).at(Side::Target, doing)?)
         {
-            status.send_if_modified(|known| {
-                let changed = *known != now;
-                *known = now;
-                changed
-            });
+            heartbeat::tell(status, now);
         }
         let allowed: Option<f64> = row.try_get(1).at(Side::Target, doing)?;
         self.flow.counters.throttle.allow(allowed, row.try_get(3).at(Side::Target, doing)?);

@@ -98,11 +98,8 @@ pub fn verdicts(
     {
         match reading(signals, &format!("{side}_sessions")) {
             Reading::Value(0.0) | Reading::Absent => {}
-            Reading::Value(_) => bad.extend(latency.verdict(name)),
-            Reading::Unknown(_) => {
-                // Somebody may be there.
-                bad.extend(latency.verdict(name));
-            }
+            // Of whom nothing may be seen may be there.
+            Reading::Value(_) | Reading::Unknown(_) => bad.extend(latency.verdict(name)),
         }
     }
     let mut above = |name: &str, limit: f64, say: &dyn Fn(f64) -> String| match reading(signals, name) {

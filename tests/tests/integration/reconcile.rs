@@ -40,6 +40,27 @@ pub const TAMPERING: &str = "CREATE TABLE saved AS TABLE public.items; \
      CREATE TABLE rewritten AS SELECT n, body FROM public.items WHERE n = 300; \
      UPDATE public.items SET body = 'tampered' WHERE n = 300";
 
+/// Tampers, and puts a record in that was dropped; answers its number.
+pub async fn tamper(db: &Db, kind: &Items) -> i32 {
+    db.exec(TAMPERING).await;
+    let dropped: i32 = db.one("SELECT min(n) FROM generate_series(1501, 2000) AS n WHERE n NOT IN (SELECT n FROM public.items) AND n % 1500 IN (SELECT n % 1500 FROM public.items)").await;
+    db.exec(&format!(
+        "INSERT INTO public.items SELECT {}, n, 'body ' || n % 1500, 'note ' || n FROM generate_series({dropped}, {dropped}) AS n",
+        kind.values
+    ))
+    .await;
+    dropped
+}
+
+/// Puts a row in that nobody delivered, numbered 5000.
+pub async fn put_in_a_strange_row(db: &Db, kind: &Items) {
+    db.exec(&format!(
+        "INSERT INTO public.items SELECT {}, n, 'nobody''s', NULL FROM generate_series(5000, 5000) AS n",
+        kind.values
+    ))
+    .await;
+}
+
 /// A migrated table of items.
 pub async fn items(items: &Items) -> Pair {
     let pair = Pair::start().await;
@@ -89,15 +110,8 @@ async fn tampered_rows_are_named(kind: &Items) {
     pair.reconcile().exits(exit::DONE).await;
     assert_eq!(statuses(db).await, [line(&["reconciled", "clean"])]);
 
-    db.exec(TAMPERING).await;
-    // A record that was dropped comes in after all, and one that nobody delivered.
-    let dropped: i32 = db.one("SELECT min(n) FROM generate_series(1501, 2000) AS n WHERE n NOT IN (SELECT n FROM public.items) AND n % 1500 IN (SELECT n % 1500 FROM public.items)").await;
-    db.exec(&format!(
-        "INSERT INTO public.items SELECT {0}, n, 'body ' || n % 1500, 'note ' || n FROM generate_series({dropped}, {dropped}) AS n; \
-         INSERT INTO public.items SELECT {0}, n, 'nobody''s', NULL FROM generate_series(5000, 5000) AS n",
-        kind.values
-    ))
-    .await;
+    let dropped = tamper(db, kind).await;
+    put_in_a_strange_row(db, kind).await;
     let output = pair.reconcile().exits(exit::HALTED).await;
     assert!(output.stdout.contains("MISMATCHES, halted"), "{}", output.describe());
     // Whoever was dropped for a row that is gone is missing, too.

@@ -5,7 +5,7 @@ use integration::db::Db;
 use integration::pair::Pair;
 use integration::sidecar::{exit, failpoint};
 
-use crate::reconcile::{BY_NUMBER, BY_TEXT, BY_TWO, Items, TAMPERING, items, line, statuses};
+use crate::reconcile::{BY_NUMBER, BY_TEXT, BY_TWO, Items, TAMPERING, items, line, statuses, tamper};
 
 /// Where each row lies and what it holds: a row that is written anew lies elsewhere.
 const ROWS: &str = "SELECT ctid || ' ' || xmin || ' ' || t FROM public.items AS t ORDER BY 1";
@@ -28,14 +28,7 @@ async fn tampered_rows_are_set_right(kind: &Items) {
     let db = &pair.target;
     pair.reconcile().exits(exit::DONE).await;
     pair.repair().exits(exit::DONE).await;
-    db.exec(TAMPERING).await;
-    // A record that was dropped comes in after all; a row that nobody wrote stays.
-    let dropped: i32 = db.one("SELECT min(n) FROM generate_series(1501, 2000) AS n WHERE n NOT IN (SELECT n FROM public.items) AND n % 1500 IN (SELECT n % 1500 FROM public.items)").await;
-    db.exec(&format!(
-        "INSERT INTO public.items SELECT {0}, n, 'body ' || n % 1500, 'note ' || n FROM generate_series({dropped}, {dropped}) AS n",
-        kind.values
-    ))
-    .await;
+    tamper(db, kind).await;
     let right = "SELECT ctid || ' ' || xmin || ' ' || t FROM public.items AS t WHERE EXISTS (SELECT FROM saved AS s WHERE s = t) ORDER BY 1";
     let before = db.column(right).await;
     pair.reconcile().exits(exit::HALTED).await;

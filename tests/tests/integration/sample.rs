@@ -3,7 +3,9 @@
 use integration::pair::Pair;
 use integration::sidecar::{exit, failpoint};
 
-use crate::reconcile::{BY_NUMBER, BY_TEXT, BY_TWO, Items, TAMPERING, items, line, named, statuses};
+use crate::reconcile::{
+    BY_NUMBER, BY_TEXT, BY_TWO, Items, items, line, named, put_in_a_strange_row, statuses, tamper,
+};
 
 /// 1 - 2^-40: everything that was written or dropped.
 const NEARLY_ALL: &str = "0.9999999999990905";
@@ -22,15 +24,8 @@ async fn full_of(pair: &Pair, kind: &Items, below: &str) -> Vec<String> {
 async fn a_part_of_what_a_full_pass_names(kind: &Items) {
     let pair = items(kind).await;
     let db = &pair.target;
-    db.exec(TAMPERING).await;
-    // A record that was dropped comes in after all.
-    let dropped: i32 = db.one("SELECT min(n) FROM generate_series(1501, 2000) AS n WHERE n NOT IN (SELECT n FROM public.items) AND n % 1500 IN (SELECT n % 1500 FROM public.items)").await;
-    db.exec(&format!(
-        "INSERT INTO public.items SELECT {0}, n, 'body ' || n % 1500, 'note ' || n FROM generate_series({dropped}, {dropped}) AS n; \
-         INSERT INTO public.items SELECT {0}, n, 'nobody''s', NULL FROM generate_series(5000, 5000) AS n",
-        kind.values
-    ))
-    .await;
+    tamper(db, kind).await;
+    put_in_a_strange_row(db, kind).await;
     pair.reconcile().exits(exit::HALTED).await;
     for (sample, below) in [(NEARLY_ALL, "\\xffff"), ("0.5", "\\x80")] {
         let wanted = full_of(&pair, kind, below).await;
