@@ -51,6 +51,7 @@ test: setup ## set up, then run every test
 
 .PHONY: test-integration
 test-integration: build # the tests against private clusters alone, with the extension that is installed; TEST=name to choose
+	scripts/test_tools.sh
 	cargo build --package pg-dedup-migrate-sidecar --features failpoints
 	PG_CONFIG="$$(scripts/setup.sh --pg-config)" PG_DEDUP_MIGRATE="$(abspath $(SIDECAR))" \
 	    PG_DEDUP_MIGRATE_FAILPOINTS="$(abspath $(TARGET_DIR)/debug/pg-dedup-migrate)" \

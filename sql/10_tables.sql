@@ -34,8 +34,10 @@ CREATE TABLE dedup.runs (
     pass             int NOT NULL DEFAULT 1 CHECK (pass > 0),
     created_at       timestamptz NOT NULL DEFAULT clock_timestamp(),
     started_at       timestamptz,
+    running_since    timestamptz,
     finished_at      timestamptz,
     bake_in_until    timestamptz,
+    purged_at        timestamptz,
     is_held          bool NOT NULL GENERATED ALWAYS AS (status IN ('halted', 'rolling_back', 'rolled_back')) STORED,
     UNIQUE (run_id, is_held)
 ) WITH (fillfactor = 70);
@@ -49,8 +51,10 @@ COMMENT ON COLUMN dedup.runs.owner IS 'role that created the run';
 COMMENT ON COLUMN dedup.runs.pass IS 'current pass over the source: within one pass a key is written once';
 COMMENT ON COLUMN dedup.runs.created_at IS 'when it was created';
 COMMENT ON COLUMN dedup.runs.started_at IS 'when its first chunk was leased';
+COMMENT ON COLUMN dedup.runs.running_since IS 'while it is running: since when';
 COMMENT ON COLUMN dedup.runs.finished_at IS 'when its last chunk was verified or given up';
 COMMENT ON COLUMN dedup.runs.bake_in_until IS 'until when it can be rolled back';
+COMMENT ON COLUMN dedup.runs.purged_at IS 'when its checkpoints, ledger and events began to be purged: since then it can only be named';
 COMMENT ON COLUMN dedup.runs.is_held IS 'halted, or on its way out: what mismatches that are not released ask for';
 
 -- ---------------------------------------------------------------------------------------------------------
@@ -128,6 +132,7 @@ CREATE TABLE dedup.processes (
     run_id           uuid NOT NULL REFERENCES dedup.runs,
     reported_at      timestamptz NOT NULL,
     lanes            int NOT NULL CHECK (lanes > 0),
+    read_bytes       bigint NOT NULL,
     bytes_per_second float8 NOT NULL
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
 CREATE INDEX processes_run ON dedup.processes (run_id);
@@ -136,7 +141,21 @@ COMMENT ON COLUMN dedup.processes.process_id IS 'the process, chosen by itself';
 COMMENT ON COLUMN dedup.processes.run_id IS 'the run it works on';
 COMMENT ON COLUMN dedup.processes.reported_at IS 'when it last reported, by this server''s clock';
 COMMENT ON COLUMN dedup.processes.lanes IS 'chunks that it has in hand at a time';
-COMMENT ON COLUMN dedup.processes.bytes_per_second IS 'bytes of the source that it read in the last second';
+COMMENT ON COLUMN dedup.processes.read_bytes IS 'bytes of the source that it has read since it began';
+COMMENT ON COLUMN dedup.processes.bytes_per_second IS 'bytes of the source a second that it read between its last two reports';
+
+CREATE TABLE dedup.throughput (
+    run_id           uuid NOT NULL REFERENCES dedup.runs,
+    at               timestamptz NOT NULL,
+    process_id       uuid NOT NULL,
+    bytes            bigint NOT NULL,
+    PRIMARY KEY (run_id, at, process_id)
+) WITH (fillfactor = 70);
+COMMENT ON TABLE  dedup.throughput IS 'what processes read over time; sources that the target database reads itself are told by their checkpoints';
+COMMENT ON COLUMN dedup.throughput.run_id IS 'the run';
+COMMENT ON COLUMN dedup.throughput.at IS 'beginning of five seconds';
+COMMENT ON COLUMN dedup.throughput.process_id IS 'the process';
+COMMENT ON COLUMN dedup.throughput.bytes IS 'bytes of the source that it read in them';
 
 -- ---------------------------------------------------------------------------------------------------------
 CREATE TABLE dedup.checkpoints (
@@ -196,6 +215,9 @@ CREATE TABLE dedup.checkpoints (
 CREATE INDEX checkpoints_open ON dedup.checkpoints (run_id, chunk_no) WHERE status IN ('pending', 'syncing');
 -- What every lease asks: is a table done, and whose lease may have run out.
 CREATE INDEX checkpoints_unwritten ON dedup.checkpoints (run_id, table_id) WHERE status IN ('pending', 'syncing') AND written_at IS NULL;
+-- What is asked every few seconds while a run is looked at.
+CREATE INDEX checkpoints_written ON dedup.checkpoints (run_id, written_at);
+CREATE INDEX checkpoints_verified ON dedup.checkpoints (run_id, verified_at);
 CREATE INDEX checkpoints_leased ON dedup.checkpoints (run_id) WHERE status = 'syncing' AND written_at IS NULL;
 COMMENT ON TABLE  dedup.checkpoints IS 'one row a chunk: its range, its state, its books';
 COMMENT ON COLUMN dedup.checkpoints.run_id IS 'the run';
@@ -660,6 +682,7 @@ CREATE TABLE dedup.events (
     detail           jsonb NOT NULL DEFAULT '{}'
 );
 CREATE INDEX events_run ON dedup.events (run_id, event_id);
+CREATE INDEX events_at ON dedup.events (run_id, at);
 COMMENT ON TABLE  dedup.events IS 'append-only audit log';
 COMMENT ON COLUMN dedup.events.event_id IS 'order of the log';
 COMMENT ON COLUMN dedup.events.at IS 'when';
@@ -669,13 +692,59 @@ COMMENT ON COLUMN dedup.events.kind IS 'what happened';
 COMMENT ON COLUMN dedup.events.actor IS 'role that did it';
 COMMENT ON COLUMN dedup.events.detail IS 'more, by kind; never record values';
 
+-- ---------------------------------------------------------------------------------------------------------
+CREATE TABLE dedup.alert_log (
+    alert_id         bigint GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY,
+    run_id           uuid NOT NULL REFERENCES dedup.runs,
+    kind             text NOT NULL,
+    severity         text NOT NULL CHECK (severity IN ('P1', 'P2')),
+    since            timestamptz NOT NULL DEFAULT clock_timestamp(),
+    cleared_at       timestamptz,
+    value            float8,
+    threshold        float8,
+    message          text NOT NULL,
+    look_at          text NOT NULL
+);
+CREATE UNIQUE INDEX alert_log_firing ON dedup.alert_log (run_id, kind) WHERE cleared_at IS NULL;
+COMMENT ON TABLE  dedup.alert_log IS 'alerts that fire or have fired; dedup.alerts shows those that fire';
+COMMENT ON COLUMN dedup.alert_log.alert_id IS 'number of the alert';
+COMMENT ON COLUMN dedup.alert_log.run_id IS 'the run';
+COMMENT ON COLUMN dedup.alert_log.kind IS 'what is wrong';
+COMMENT ON COLUMN dedup.alert_log.severity IS 'P1 (now) or P2 (today)';
+COMMENT ON COLUMN dedup.alert_log.since IS 'when it was first seen';
+COMMENT ON COLUMN dedup.alert_log.cleared_at IS 'when it was seen to be over; null: it fires';
+COMMENT ON COLUMN dedup.alert_log.value IS 'what was measured, as it was last seen';
+COMMENT ON COLUMN dedup.alert_log.threshold IS 'what it is held against';
+COMMENT ON COLUMN dedup.alert_log.message IS 'in words, as it was last seen';
+COMMENT ON COLUMN dedup.alert_log.look_at IS 'what to look at first';
+
+-- ---------------------------------------------------------------------------------------------------------
+CREATE TABLE dedup.archives (
+    archive_id       bigint GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY,
+    run_id           uuid NOT NULL REFERENCES dedup.runs,
+    location         text NOT NULL,
+    manifest_sha256  bytea NOT NULL,
+    bytes            bigint NOT NULL,
+    began_at         timestamptz NOT NULL,
+    archived_at      timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE INDEX archives_run ON dedup.archives (run_id);
+COMMENT ON TABLE  dedup.archives IS 'reports, events, ledgers and quarantine that were archived; only what is archived is purged';
+COMMENT ON COLUMN dedup.archives.archive_id IS 'number of the archive';
+COMMENT ON COLUMN dedup.archives.run_id IS 'the run';
+COMMENT ON COLUMN dedup.archives.location IS 'where it was put: host and directory';
+COMMENT ON COLUMN dedup.archives.manifest_sha256 IS 'SHA-256 of its manifest, which has those of its files';
+COMMENT ON COLUMN dedup.archives.bytes IS 'size of its files';
+COMMENT ON COLUMN dedup.archives.began_at IS 'what happened to the run later is not in it';
+COMMENT ON COLUMN dedup.archives.archived_at IS 'when it was complete';
+
 DO $$
 DECLARE
     name regclass;
 BEGIN
     FOREACH name IN ARRAY ARRAY['dedup.ordinal_seq', 'dedup.segment_id_seq', 'dedup.targets_target_id_seq', 'dedup.quarantine_quarantine_id_seq',
     'dedup.events_event_id_seq', 'dedup.reconciliations_reconciliation_id_seq', 'dedup.divergences_divergence_id_seq', 'dedup.rollbacks_rollback_id_seq',
-    'dedup.left_alone_left_alone_id_seq', 'dedup.targets', 'dedup.runs', 'dedup.run_tables', 'dedup.workers', 'dedup.throttle', 'dedup.processes', 'dedup.checkpoints', 'dedup.ordinals',
+    'dedup.left_alone_left_alone_id_seq', 'dedup.alert_log_alert_id_seq', 'dedup.archives_archive_id_seq', 'dedup.targets', 'dedup.runs', 'dedup.run_tables', 'dedup.workers', 'dedup.throttle', 'dedup.processes', 'dedup.throughput', 'dedup.alert_log', 'dedup.archives', 'dedup.checkpoints', 'dedup.ordinals',
     'dedup.segment', 'dedup.segment_block', 'dedup.ledger_block', 'dedup.before_images', 'dedup.unchanged_rows', 'dedup.pass_keys', 'dedup.quarantine', 'dedup.reconciliations', 'dedup.sampled_keys', 'dedup.reconciled_chunks',
     'dedup.divergences', 'dedup.rollbacks', 'dedup.rollback_steps', 'dedup.left_alone', 'dedup.events']::regclass[]
     LOOP

@@ -55,6 +55,18 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION dedup.run_row(uuid) IS 'the run, or an error that says how to find one';
 
+CREATE FUNCTION dedup.must_be_kept(run uuid) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    r dedup.runs := dedup.run_row(run);
+BEGIN
+    IF r.purged_at IS NOT NULL THEN
+        RAISE EXCEPTION 'the history of run % was purged', r.run_id USING ERRCODE = 'object_not_in_prerequisite_state',
+            DETAIL = format('Since %s nothing is known of its chunks.', r.purged_at), HINT = 'SELECT * FROM dedup.archives names its archives.';
+    END IF;
+END $$;
+COMMENT ON FUNCTION dedup.must_be_kept(uuid) IS 'refuses a run whose history was purged';
+
 -- The same, locked against every change of its status until the transaction ends. Whoever decides by the status reads it here.
 -- Order of locks: the run, then (lock_class, 0), then checkpoints.
 CREATE FUNCTION dedup.lock_run(run uuid) RETURNS dedup.runs
@@ -78,6 +90,9 @@ BEGIN
         NEW.owner := current_user;
     ELSIF NEW.owner <> OLD.owner THEN
         RAISE EXCEPTION 'the owner of a run cannot be changed' USING ERRCODE = 'insufficient_privilege';
+    ELSIF NEW.owner <> current_user AND NEW.options #> '{settings,throttle,query}' IS DISTINCT FROM OLD.options #> '{settings,throttle,query}' THEN
+        RAISE EXCEPTION 'must be owner of run %', OLD.run_id USING ERRCODE = 'insufficient_privilege',
+            DETAIL = 'The query of a run''s throttle is executed as its owner.';
     END IF;
     RETURN NEW;
 END $$;
@@ -488,12 +503,30 @@ BEGIN
             DETAIL = format('Only a run that is %s can become %s.', array_to_string(allowed, ' or '), new_status);
     END IF;
     UPDATE dedup.runs AS r SET status = new_status, started_at = CASE WHEN new_status = 'running' THEN coalesce(started_at, clock_timestamp()) ELSE started_at END,
-        finished_at = CASE WHEN new_status IN ('done', 'failed', 'cancelled') THEN clock_timestamp() WHEN new_status IN ('halted', 'reconciled', 'rolling_back', 'rolled_back') THEN finished_at END
+        running_since = CASE WHEN new_status = 'running' THEN clock_timestamp() END,
+        finished_at = CASE WHEN new_status IN ('done', 'failed', 'cancelled') THEN clock_timestamp() WHEN new_status IN ('halted', 'reconciled', 'rolling_back', 'rolled_back') THEN finished_at END,
+        -- What has ended stays so.
+        bake_in_until = CASE WHEN new_status IN ('done', 'failed', 'cancelled') AND NOT coalesce(bake_in_until < clock_timestamp(), false)
+            THEN clock_timestamp() + make_interval(days => coalesce((options #>> '{settings,bake_in_days}')::int, 14)) ELSE bake_in_until END
     WHERE r.run_id = run;
     PERFORM dedup.log_event(run, NULL, event, jsonb_build_object('from', old, 'to', new_status));
     RETURN new_status;
 END $$;
 COMMENT ON FUNCTION dedup.set_run_status(uuid, text[], text, text) IS 'moves a run from one status to another and logs it';
+
+-- What may differ from how a run was created.
+CREATE FUNCTION dedup.change_settings(run uuid, changes jsonb) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    r dedup.runs := dedup.lock_run(run);
+    settings jsonb := coalesce(r.options -> 'settings', '{}');
+BEGIN
+    UPDATE dedup.runs AS x SET options = r.options || jsonb_build_object('settings', settings || jsonb_build_object(
+        'throttle', coalesce(settings -> 'throttle', '{}') || coalesce(changes -> 'throttle', '{}'),
+        'alerts', coalesce(settings -> 'alerts', '{}') || coalesce(changes -> 'alerts', '{}')))
+    WHERE x.run_id = run;
+    PERFORM dedup.log_event(run, NULL, 'settings_changed', changes);
+END $$;
+COMMENT ON FUNCTION dedup.change_settings(uuid, jsonb) IS 'changes what a run is throttled by and raises alerts about: {"throttle": {…}, "alerts": {…}}';
 
 CREATE FUNCTION dedup.pause_run(run uuid) RETURNS text LANGUAGE sql SET search_path = pg_catalog, pg_temp
 AS $$ SELECT dedup.set_run_status(run, '{created,running}', 'paused', 'run_paused') $$;

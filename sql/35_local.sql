@@ -200,6 +200,7 @@ DECLARE
     unreferenced bigint;
     late int;
     began timestamptz;
+    checked timestamptz := pg_catalog.clock_timestamp();
 BEGIN
     PERFORM dedup.must_own(run);
     -- On its own, so that sessions that share the run do not wait for this one's first chunk.
@@ -238,6 +239,13 @@ BEGIN
                                     AND c.status OPERATOR(pg_catalog.=) 'pending');
                     IF again THEN
                         PERFORM dedup.log_event(run, chunk, 'chunk_retried', pg_catalog.jsonb_build_object('sqlstate', state, 'message', message));
+                    ELSIF state OPERATOR(pg_catalog.=) '53100' THEN
+                        -- Not the chunk's fault, and the next one would fare no better.
+                        UPDATE dedup.checkpoints AS c SET error_sqlstate = state, error_message = message, error_hint = hint
+                        WHERE c.run_id OPERATOR(pg_catalog.=) run AND c.chunk_id OPERATOR(pg_catalog.=) chunk AND c.status OPERATOR(pg_catalog.=) 'pending';
+                        PERFORM dedup.pause_run(run);
+                        PERFORM dedup.check_alerts(run);
+                        RAISE WARNING 'the run is paused: %', message USING HINT = 'Make room, SELECT dedup.resume_run(run) and call dedup.migrate_run again.';
                     ELSE
                         UPDATE dedup.checkpoints AS c SET status = 'failed', attempts = c.attempts OPERATOR(pg_catalog.+) attempt,
                             error_sqlstate = state, error_message = message, error_hint = hint
@@ -248,6 +256,11 @@ BEGIN
                     END IF;
                 END;
                 COMMIT;
+                IF pg_catalog.clock_timestamp() OPERATOR(pg_catalog.>) (checked OPERATOR(pg_catalog.+) '5 s'::pg_catalog.interval) THEN
+                    PERFORM dedup.check_alerts(run);
+                    COMMIT;
+                    checked := pg_catalog.clock_timestamp();
+                END IF;
                 PERFORM pg_catalog.pg_sleep(dedup.pause_after(run, chunk, began));
                 EXIT WHEN NOT again;
                 PERFORM pg_catalog.pg_sleep(pg_catalog.random() OPERATOR(pg_catalog.*) 0.2::pg_catalog.float8 OPERATOR(pg_catalog.*) attempt::pg_catalog.float8);
@@ -269,6 +282,7 @@ BEGIN
             WHERE c.run_id OPERATOR(pg_catalog.=) run AND c.status OPERATOR(pg_catalog.=) 'pending' AND t.source_spec OPERATOR(pg_catalog.?) 'local');
         COMMIT;
     END LOOP;
+    PERFORM dedup.check_alerts(run);
     COMMIT;
 END $$;
 COMMENT ON PROCEDURE dedup.migrate_run(uuid) IS 'migrates every chunk of a run whose sources this database sees, one transaction a chunk';

@@ -138,7 +138,7 @@ BEGIN
         RETURN 'fenced';
     END IF;
     PERFORM dedup.log_event(run, chunk_id, CASE new_status WHEN 'failed' THEN 'chunk_failed' ELSE 'chunk_retried' END,
-        jsonb_build_object('sqlstate', sqlstate, 'message', left(message, 2000)));
+        jsonb_build_object('sqlstate', sqlstate, 'message', left(message, 2000), 'free', free));
     RETURN new_status;
 END $$;
 COMMENT ON FUNCTION dedup.fail_chunk(uuid, text, uuid, text, text, text, text, bool, bool) IS 'gives a chunk back: pending when it is worth a retry (free: one that burns no attempt), else failed; fenced: it was no longer ours';
@@ -153,6 +153,7 @@ BEGIN
         RAISE EXCEPTION 'cannot requeue %', coalesce(quote_literal(what), 'NULL') USING ERRCODE = 'invalid_parameter_value',
             HINT = 'What is ''failed'' or ''quarantined''.';
     END IF;
+    PERFORM dedup.must_be_kept(run);
     IF r.status NOT IN ('running', 'paused', 'failed', 'done', 'reconciled') THEN
         RAISE EXCEPTION 'run % is %', run, r.status USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;

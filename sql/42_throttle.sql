@@ -38,8 +38,25 @@ LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
 $$;
 COMMENT ON FUNCTION dedup.pause_after(uuid, text, timestamptz) IS 'seconds to rest after a chunk, so that the run keeps to its rate';
 
--- A process reports how fast it reads and learns how fast it may. `turn`: it is to decide about the limits, from this.
-CREATE FUNCTION dedup.throttle_report(run uuid, process uuid, lanes int, read_rate float8,
+CREATE FUNCTION dedup.five_seconds(at timestamptz) RETURNS timestamptz
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$ SELECT date_bin('5 s', at, '2000-01-01Z') $$;
+COMMENT ON FUNCTION dedup.five_seconds(timestamptz) IS 'beginning of the five seconds that a time is in, as dedup.throughput counts them';
+
+-- Bytes of the source a second that a run read over the last so many seconds, or since it is running.
+CREATE FUNCTION dedup.read_rate(run uuid, seconds float8) RETURNS float8
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT ((SELECT coalesce(sum(p.bytes), 0) FROM dedup.throughput AS p WHERE p.run_id = run AND p.at >= w.since)
+            -- What the target database reads itself counts chunk by chunk, when it is written.
+            + (SELECT coalesce(sum(c.source_bytes), 0) FROM dedup.checkpoints AS c JOIN dedup.run_tables AS t USING (run_id, table_id)
+               WHERE c.run_id = run AND c.written_at >= w.since AND t.source_spec ? 'local'))::float8
+        / greatest(1, extract(epoch FROM clock_timestamp() - w.since))::float8
+    FROM (SELECT greatest(dedup.five_seconds(clock_timestamp() - make_interval(secs => seconds) + interval '5 s'), dedup.five_seconds(r.running_since)) AS since
+          FROM dedup.runs AS r WHERE r.run_id = run) AS w
+$$;
+COMMENT ON FUNCTION dedup.read_rate(uuid, float8) IS 'bytes a second that a run read over the last so many seconds, or since it is running';
+
+-- A process reports how much it has read and learns how fast it may read on. `turn`: it is to decide about the limits, from this.
+CREATE FUNCTION dedup.throttle_report(run uuid, process uuid, lanes int, read_bytes bigint,
     OUT run_status text, OUT allowed float8, OUT by_signals bool, OUT reason text, OUT turn jsonb) RETURNS record
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -47,9 +64,19 @@ DECLARE
     t dedup.throttle;
     all_lanes bigint;
     throughput float8;
+    before dedup.processes;
+    read_now bigint;
 BEGIN
-    INSERT INTO dedup.processes AS p (process_id, run_id, reported_at, lanes, bytes_per_second) VALUES (process, run, clock_timestamp(), throttle_report.lanes, read_rate)
-    ON CONFLICT (process_id) DO UPDATE SET reported_at = excluded.reported_at, lanes = excluded.lanes, bytes_per_second = excluded.bytes_per_second, run_id = excluded.run_id;
+    SELECT * INTO before FROM dedup.processes AS p WHERE p.process_id = process;
+    -- Of a process that is new here nobody knows when it read what.
+    read_now := greatest(0, throttle_report.read_bytes - coalesce(before.read_bytes, throttle_report.read_bytes));
+    INSERT INTO dedup.processes AS p (process_id, run_id, reported_at, lanes, read_bytes, bytes_per_second) VALUES (process, run, clock_timestamp(), throttle_report.lanes, throttle_report.read_bytes, 0)
+    ON CONFLICT (process_id) DO UPDATE SET reported_at = excluded.reported_at, lanes = excluded.lanes, run_id = excluded.run_id, read_bytes = excluded.read_bytes,
+        bytes_per_second = read_now / greatest(0.001, extract(epoch FROM excluded.reported_at - p.reported_at)::float8);
+    IF read_now > 0 THEN
+        INSERT INTO dedup.throughput AS s (run_id, at, process_id, bytes) VALUES (run, dedup.five_seconds(clock_timestamp()), process, read_now)
+        ON CONFLICT (run_id, at, process_id) DO UPDATE SET bytes = s.bytes + excluded.bytes;
+    END IF;
     SELECT sum(p.lanes), sum(p.bytes_per_second) INTO all_lanes, throughput FROM dedup.processes AS p
     WHERE p.run_id = run AND p.reported_at > clock_timestamp() - interval '5 s';
     run_status := r.status;
@@ -71,7 +98,7 @@ BEGIN
     END IF;
     reason := (SELECT h.reason FROM dedup.throttle_holds(run) AS h WHERE h.state <> 'free');
 END $$;
-COMMENT ON FUNCTION dedup.throttle_report(uuid, uuid, int, float8) IS 'a process says how fast it reads and learns the run''s status and its share of the rate; turn: what it is to decide from, about once a second for one of them';
+COMMENT ON FUNCTION dedup.throttle_report(uuid, uuid, int, bigint) IS 'a process says how much it has read and learns the run''s status and its share of the rate; turn: what it is to decide from, about once a second for one of them';
 
 CREATE FUNCTION dedup.throttle_decide(run uuid, process uuid, byte_rate bigint, active_chunks int, state text, reason text, signals jsonb, controller jsonb) RETURNS bool
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$

@@ -21,8 +21,9 @@ SELECT r.run_id, r.name, r.status, r.started_at,
     c.source_count, c.inserted_count, c.updated_count, c.unchanged_count, c.duplicate_count, c.quarantined_count, c.source_bytes,
     round((c.source_bytes / nullif(t.seconds, 0) / 1e6)::numeric, 1) AS mb_per_second,
     round((c.source_count / nullif(t.seconds, 0))::numeric) AS records_per_second,
-    CASE WHEN r.status = 'running' AND c.done_weight > 0
-         THEN make_interval(secs => t.seconds * (c.weight - c.done_weight) / c.done_weight) END AS eta
+    -- Planned bytes are estimates: what was written so far says how good they are.
+    CASE WHEN r.status = 'running'
+         THEN make_interval(secs => (c.weight - c.done_weight) * coalesce(c.source_bytes / nullif(c.done_weight, 0), 1) / nullif(dedup.read_rate(r.run_id, 600), 0)) END AS eta
 FROM dedup.runs AS r
 CROSS JOIN LATERAL (
     SELECT count(*) AS chunks,
@@ -60,7 +61,7 @@ COMMENT ON COLUMN dedup.progress.quarantined_count IS 'records set aside';
 COMMENT ON COLUMN dedup.progress.source_bytes IS 'bytes read by written chunks';
 COMMENT ON COLUMN dedup.progress.mb_per_second IS 'source megabytes (10^6 bytes) a second since the start';
 COMMENT ON COLUMN dedup.progress.records_per_second IS 'records a second since the start';
-COMMENT ON COLUMN dedup.progress.eta IS 'time left at the speed so far; null: not running or nothing done yet';
+COMMENT ON COLUMN dedup.progress.eta IS 'time left at the speed of the last ten minutes; null: not running or nothing read yet';
 
 CREATE FUNCTION dedup.index_stats(OUT target regclass, OUT level int, OUT segments bigint, OUT entries bigint, OUT tombstones bigint,
     OUT blocks bigint, OUT bytes bigint, OUT bytes_per_key float8) RETURNS SETOF record

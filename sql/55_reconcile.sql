@@ -38,6 +38,7 @@ DECLARE
     other text;
     id bigint;
 BEGIN
+    PERFORM dedup.must_be_kept(run);
     IF sample IS NULL OR NOT (sample > 0 AND sample <= 1) THEN
         RAISE EXCEPTION 'a sample of % cannot be drawn', coalesce(sample::text, 'NULL') USING ERRCODE = 'invalid_parameter_value',
             HINT = 'It is a fraction: 0.01 looks at one content in a hundred, 1 at all.';
@@ -161,7 +162,6 @@ BEGIN
         UPDATE dedup.divergences AS d SET state = 'superseded'
         WHERE d.run_id = p.run_id AND d.state = 'open' AND d.reconciliation_id <> reconciliation AND p.sample = 1;
         PERFORM dedup.log_event(p.run_id, NULL, 'mismatch', told || '{"severity": "P1"}');
-        PERFORM pg_notify('dedup_alerts', jsonb_build_object('severity', 'P1', 'alert', 'mismatch', 'run_id', p.run_id, 'mismatches', mismatches)::text);
     ELSIF p.sample < 1 THEN
         -- It says nothing of what it did not look at: no run is reconciled by it, and no mismatch released.
         result := 'clean';
@@ -181,6 +181,7 @@ BEGIN
         UPDATE dedup.checkpoints AS c SET repair_aside = NULL WHERE c.run_id = p.run_id AND c.repair_aside IS NOT NULL;
         PERFORM dedup.log_event(p.run_id, NULL, 'reconciled', told);
     END IF;
+    PERFORM dedup.check_alerts(p.run_id);
     RETURN result;
 END $$;
 COMMENT ON FUNCTION dedup.close_reconcile(bigint) IS 'gives the verdict of a pass whose chunks are all compared: clean, and the run is reconciled unless it was a sample; mismatch, and it is halted; abandoned, if the run went on meanwhile';

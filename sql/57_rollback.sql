@@ -50,6 +50,7 @@ DECLARE
 BEGIN
     PERFORM dedup.end_stale_leases(run);
     r := dedup.lock_run(run);
+    PERFORM dedup.must_be_kept(run);
     IF r.status = 'rolling_back' AND chunk IS NULL THEN
         UPDATE dedup.rollbacks AS b SET is_forced = b.is_forced OR force WHERE b.run_id = run AND b.finished_at IS NULL RETURNING b.rollback_id INTO id;
         PERFORM dedup.log_event(run, NULL, 'rollback_resumed', jsonb_build_object('rollback_id', id, 'force', force));
@@ -66,7 +67,7 @@ BEGIN
             HINT = 'SELECT chunk_id FROM dedup.checkpoints lists them.';
     ELSIF r.bake_in_until < clock_timestamp() THEN
         RAISE EXCEPTION 'run % can no longer be rolled back', run USING ERRCODE = 'object_not_in_prerequisite_state',
-            DETAIL = format('Since %s it is not known which rows it wrote, or what stood there before.', r.bake_in_until);
+            DETAIL = format('Its bake-in ended at %s: what it wrote and what stood there before need not be known any more.', r.bake_in_until);
     END IF;
     -- What is not leased yet stays so; what is leased ends first, or finds that its run is no longer open. Before the run is marked: chunks in
     -- flight look at it.

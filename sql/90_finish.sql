@@ -8,6 +8,8 @@ COMMENT ON SEQUENCE dedup.quarantine_quarantine_id_seq IS 'numbers of dedup.quar
 COMMENT ON SEQUENCE dedup.rollbacks_rollback_id_seq IS 'numbers of dedup.rollbacks';
 COMMENT ON SEQUENCE dedup.left_alone_left_alone_id_seq IS 'numbers of dedup.left_alone';
 COMMENT ON SEQUENCE dedup.events_event_id_seq IS 'order of dedup.events';
+COMMENT ON SEQUENCE dedup.alert_log_alert_id_seq IS 'numbers of dedup.alert_log';
+COMMENT ON SEQUENCE dedup.archives_archive_id_seq IS 'numbers of dedup.archives';
 COMMENT ON TRIGGER append_only ON dedup.events IS 'keeps the audit log append-only';
 COMMENT ON TRIGGER mark_filter_cold ON dedup.segment IS 'rows that come in past the extension are not in the filter';
 COMMENT ON TRIGGER mark_filter_cold ON dedup.segment_block IS 'rows that come in past the extension are not in the filter';

@@ -74,7 +74,9 @@ extension_sql_file!(
 );
 extension_sql_file!("../../sql/40_lease.sql", name = "lease", requires = ["runs"]);
 extension_sql_file!("../../sql/42_throttle.sql", name = "throttle", requires = ["lease", disk::disk_space]);
-extension_sql_file!("../../sql/45_views.sql", name = "views", requires = ["tables", index::ledger_entries]);
+extension_sql_file!("../../sql/45_views.sql", name = "views", requires = ["throttle", index::ledger_entries]);
+extension_sql_file!("../../sql/46_slis.sql", name = "slis", requires = ["views", "reconcile"]);
+extension_sql_file!("../../sql/47_alerts.sql", name = "alerts", requires = ["slis", index::filter_stats]);
 extension_sql_file!(
     "../../sql/50_complete.sql",
     name = "complete",
@@ -106,6 +108,8 @@ extension_sql_file!(
     name = "maintenance",
     requires = ["tables", compaction::compact_step]
 );
+extension_sql_file!("../../sql/62_report.sql", name = "report", requires = ["alerts"]);
+extension_sql_file!("../../sql/65_retention.sql", name = "retention", requires = ["rollback"]);
 extension_sql_file!("../../sql/90_finish.sql", name = "finish", finalize);
 
 #[pg_guard]

@@ -10,6 +10,7 @@ use uuid::Uuid;
 use crate::conn::Session;
 use crate::error::{At, Error, Kind, Result, Side};
 use crate::failpoint::{self, Failpoint};
+use crate::observe::phases;
 use crate::protocol::{self, ChunkCalls, Lease};
 use crate::read::ReadChunk;
 use crate::tables::TableWork;
@@ -93,19 +94,24 @@ pub async fn write_chunk(context: &ChunkContext<'_>, read: &ReadChunk) -> Result
         calls.add_lists(&part?).await?;
     }
     let books = fold.books()?;
-    let info = json!({
-        "source_bytes": read.bytes,
-        "source_lsn": read.lsn,
-        "read_seconds": read.took.as_secs_f64(),
-        "wait_seconds": context.waited.as_secs_f64(),
-        "fold_seconds": folded.as_secs_f64(),
-        "claim_seconds": (claimed - folded).as_secs_f64(),
-        "write_seconds": (written - claimed).as_secs_f64(),
-    });
+    let phases = [
+        ("read", read.took),
+        ("wait", context.waited),
+        ("fold", folded),
+        ("claim", claimed - folded),
+        ("write", written - claimed),
+    ];
+    let mut info = json!({"source_bytes": read.bytes, "source_lsn": read.lsn});
+    for (phase, took) in phases {
+        info[format!("{phase}_seconds")] = took.as_secs_f64().into();
+    }
     calls.finish_chunk(&books, &info).await?;
     failpoint::reach(Failpoint::BeforeCommit).await;
     context.target.client.batch_execute("COMMIT").await.at(Side::Target, "commit")?;
     failpoint::reach(Failpoint::AfterCommit).await;
+    for (phase, took) in phases.into_iter().chain([("finish", started.elapsed() - written)]) {
+        phases::took(phase, took.as_secs_f64());
+    }
     Ok(books)
 }
 

@@ -1,5 +1,6 @@
 //! The command line. A TOML file can say the same ([`crate::config`]); flags win.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -13,9 +14,21 @@ use serde::{Deserialize, Serialize};
     after_help = "Exit codes: 0 done; 1 error; 2 usage; 3 done, with records in quarantine or rows left alone; 4 mismatches, halted; 130 interrupted."
 )]
 pub struct Cli {
+    /// How log lines on standard error are written [default: text]
+    #[arg(long, value_name = "FORMAT", global = true, default_value = "text", hide_default_value = true)]
+    pub log_format: LogFormat,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
+}
+
+/// How log lines are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people
+    Text,
+    /// A JSON object a line
+    Json,
 }
 
 /// The subcommands.
@@ -33,6 +46,10 @@ pub enum Command {
     Rollback(RollbackArgs),
     /// Show runs, or one run: progress, books, failed chunks
     Status(StatusArgs),
+    /// Tell all of a run, and archive it
+    Report(ReportArgs),
+    /// Delete what is older than it is kept, archived, and of runs that are over
+    Purge(PurgeArgs),
     /// Check everything before anything is written, and say what to change
     Doctor(DoctorArgs),
 }
@@ -57,6 +74,14 @@ pub struct EndpointArgs {
     /// Target: URL or key=value string
     #[arg(long, value_name = "URL")]
     pub target: Option<String>,
+}
+
+/// Where a process can be looked at.
+#[derive(Debug, Args, Default)]
+pub struct ObserveArgs {
+    /// Serve metrics (/metrics), health (/healthz, /readyz) and a page (/) here, for example 127.0.0.1:9187; whoever reaches it may look
+    #[arg(long, value_name = "HOST:PORT")]
+    pub metrics_addr: Option<SocketAddr>,
 }
 
 /// Which tables, and how.
@@ -150,9 +175,23 @@ pub struct RunArgs {
     /// Of a dry run: read this fraction of the chunks only (0.05: one in twenty)
     #[arg(long, value_name = "FRACTION", default_value_t = 1.0, value_parser = fraction, requires = "dry_run")]
     pub sample: f64,
-    /// Of a dry run: how long the run may take ("24h", "90min"); says whether it would
-    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, requires = "dry_run")]
+    /// How long the run may take ("24h", "90min"): an alert says when it won't be done in time; a dry run says whether it would
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     pub deadline: Option<Duration>,
+    /// Bytes an hour below which an alert is raised [default: 100GB]
+    #[arg(long, value_name = "BYTES")]
+    pub min_throughput: Option<String>,
+    /// Part of the attempts at chunks that may fail before the run pauses itself [default: 0.5]
+    #[arg(long, value_name = "FRACTION", value_parser = fraction)]
+    pub failure_limit: Option<f64>,
+    /// Bytes that must stay free on every file system of the target: below it the run pauses [default: 10GB, a fiftieth of a small one]
+    #[arg(long, value_name = "BYTES")]
+    pub disk_floor: Option<String>,
+    /// Days after its end that the run can be rolled back; then its before images may be purged [default: 14]
+    #[arg(long, value_name = "DAYS")]
+    pub bake_in_days: Option<u32>,
+    #[command(flatten)]
+    pub observe: ObserveArgs,
 }
 
 /// Flags of `work`.
@@ -170,6 +209,8 @@ pub struct WorkArgs {
     /// Records that may be refused in a chunk before the chunk is failed [default: as the run was created with]
     #[arg(long, value_name = "N")]
     pub error_budget: Option<u64>,
+    #[command(flatten)]
+    pub observe: ObserveArgs,
 }
 
 /// Flags of `reconcile`.
@@ -190,6 +231,8 @@ pub struct ReconcileArgs {
     /// Records that changed in the source since they were migrated are mismatches, too
     #[arg(long)]
     pub strict: bool,
+    #[command(flatten)]
+    pub observe: ObserveArgs,
 }
 
 /// Flags of `repair`.
@@ -207,6 +250,8 @@ pub struct RepairArgs {
     /// Workers in this process [default: 2]
     #[arg(long, value_name = "N")]
     pub workers: Option<u16>,
+    #[command(flatten)]
+    pub observe: ObserveArgs,
 }
 
 /// Flags of `rollback`.
@@ -231,6 +276,8 @@ pub struct RollbackArgs {
     /// Steps taken back at a time [default: 2]
     #[arg(long, value_name = "N")]
     pub workers: Option<u16>,
+    #[command(flatten)]
+    pub observe: ObserveArgs,
 }
 
 /// Flags of `status`.
@@ -243,6 +290,57 @@ pub struct StatusArgs {
     /// Target: URL or key=value string
     #[arg(long, value_name = "URL")]
     pub target: Option<String>,
+}
+
+/// How a report is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ReportFormat {
+    /// One HTML file that needs nothing else
+    Html,
+    /// All of it, for programs
+    Json,
+    /// Markdown
+    Md,
+}
+
+/// Flags of `report`.
+#[derive(Debug, Args)]
+pub struct ReportArgs {
+    /// The run: its id, a unique prefix of it, its name, or "last"
+    pub run: String,
+    #[command(flatten)]
+    pub file: FileArgs,
+    /// Target: URL or key=value string
+    #[arg(long, value_name = "URL")]
+    pub target: Option<String>,
+    /// What is printed on standard output
+    #[arg(long, value_name = "FORMAT", default_value = "md")]
+    pub format: ReportFormat,
+    /// Write all formats, the log, the ledger and the quarantine into a new directory in this one, and record that in the target
+    #[arg(long, value_name = "DIR", conflicts_with = "format")]
+    pub archive: Option<PathBuf>,
+}
+
+/// Flags of `purge`.
+#[derive(Debug, Args)]
+pub struct PurgeArgs {
+    #[command(flatten)]
+    pub file: FileArgs,
+    /// Target: URL or key=value string
+    #[arg(long, value_name = "URL")]
+    pub target: Option<String>,
+    /// Only say what would go
+    #[arg(long)]
+    pub dry_run: bool,
+    /// How long the detail of reconciliations is kept
+    #[arg(long, value_name = "DURATION", default_value = "7days", value_parser = humantime::parse_duration)]
+    pub reconciliations: Duration,
+    /// How long checkpoints, events, ledger and quarantine are kept
+    #[arg(long, value_name = "DURATION", default_value = "90days", value_parser = humantime::parse_duration)]
+    pub history: Duration,
+    /// How long archives are known
+    #[arg(long, value_name = "DURATION", default_value = "365days", value_parser = humantime::parse_duration)]
+    pub archives: Duration,
 }
 
 /// Flags of `doctor`.

@@ -15,13 +15,14 @@
 //! ```
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use crate::cli::{
-    DoctorArgs, EndpointArgs, FileArgs, ReconcileArgs, RepairArgs, RollbackArgs, RunArgs, StatusArgs,
-    TableArgs, Verify, WorkArgs,
+    DoctorArgs, EndpointArgs, FileArgs, ObserveArgs, PurgeArgs, ReconcileArgs, RepairArgs, ReportArgs,
+    RollbackArgs, RunArgs, StatusArgs, TableArgs, Verify, WorkArgs,
 };
 use crate::error::{Error, Result};
 use crate::names::{self, TableName};
@@ -66,6 +67,49 @@ pub struct ThrottleOptions {
     pub query: Option<String>,
 }
 
+/// What a run raises alerts about, as it is stored with it; what is not said here the extension knows.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AlertOptions {
+    /// Seconds that the run may take.
+    #[serde(
+        rename(serialize = "deadline_seconds", deserialize = "deadline"),
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "seconds"
+    )]
+    pub deadline_seconds: Option<u64>,
+    /// Bytes an hour.
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "bytes")]
+    pub min_throughput: Option<u64>,
+    /// Part of the attempts at chunks that may fail before an alert is raised.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failure_rate: Option<f64>,
+    /// Part of them that may fail before the run pauses.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failure_limit: Option<f64>,
+    /// Bytes that must stay free on every file system of the target.
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "bytes")]
+    pub disk_floor: Option<u64>,
+}
+
+impl AlertOptions {
+    fn check(&self) -> Result<()> {
+        for (name, part) in [("failure_rate", self.failure_rate), ("failure_limit", self.failure_limit)] {
+            if part.is_some_and(|part| !(part > 0.0 && part <= 1.0)) {
+                return Err(Error::usage(format!("{name} is a fraction: above 0 and at most 1")));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn seconds<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<u64>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    humantime::parse_duration(&text)
+        .map(|duration| Some(duration.as_secs()))
+        .map_err(serde::de::Error::custom)
+}
+
 fn is_false(value: &bool) -> bool {
     !value
 }
@@ -79,7 +123,7 @@ fn bytes<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Resu
 }
 
 /// A job as a person described it.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Job {
     /// Connection string of the source; the environment fills in what it leaves out.
     pub source: String,
@@ -109,6 +153,12 @@ pub struct Job {
     pub index_existing: bool,
     /// How the run is throttled.
     pub throttle: ThrottleOptions,
+    /// What it raises alerts about.
+    pub alerts: AlertOptions,
+    /// Days that it can be rolled back; `None`: the extension's default.
+    pub bake_in_days: Option<u32>,
+    /// Where the process can be looked at.
+    pub metrics_addr: Option<SocketAddr>,
     /// JSON on standard output.
     pub json: bool,
 }
@@ -125,11 +175,18 @@ impl Job {
         if args.no_index_existing {
             file.index_existing = Some(false);
         }
-        let rate = |text: &Option<String>| text.as_deref().map(parse_bytes).transpose();
+        let size = |text: &Option<String>| text.as_deref().map(parse_bytes).transpose();
         file.throttle.off |= args.no_throttle;
-        file.throttle.min_rate = rate(&args.min_rate)?.or(file.throttle.min_rate);
-        file.throttle.max_rate = rate(&args.max_rate)?.or(file.throttle.max_rate);
+        file.throttle.min_rate = size(&args.min_rate)?.or(file.throttle.min_rate);
+        file.throttle.max_rate = size(&args.max_rate)?.or(file.throttle.max_rate);
         file.throttle.query = args.throttle_query.clone().or(file.throttle.query);
+        file.alerts.deadline_seconds =
+            args.deadline.map(|deadline| deadline.as_secs()).or(file.alerts.deadline_seconds);
+        file.alerts.min_throughput = size(&args.min_throughput)?.or(file.alerts.min_throughput);
+        file.alerts.failure_limit = args.failure_limit.or(file.alerts.failure_limit);
+        file.alerts.disk_floor = size(&args.disk_floor)?.or(file.alerts.disk_floor);
+        file.bake_in_days = args.bake_in_days.or(file.bake_in_days);
+        file.metrics_addr = args.observe.metrics_addr.or(file.metrics_addr);
         let mut job = file.into_job()?;
         job.apply_tables(&args.tables)?;
         job.json = args.file.json;
@@ -145,6 +202,7 @@ impl Job {
     /// The job of `work`.
     pub fn of_work(args: &WorkArgs) -> Result<Job> {
         let mut file = FileConfig::load_for(&args.file, &args.endpoints, args.workers)?;
+        file.metrics_addr = args.observe.metrics_addr.or(file.metrics_addr);
         file.error_budget = args.error_budget.or(file.error_budget);
         let mut job = file.into_job()?;
         job.json = args.file.json;
@@ -153,27 +211,46 @@ impl Job {
 
     /// The job of `reconcile`.
     pub fn of_reconcile(args: &ReconcileArgs) -> Result<Job> {
-        Job::on_both(&args.file, &args.endpoints, args.workers)
+        Job::on_both(&args.file, &args.endpoints, args.workers, &args.observe)
     }
 
     /// The job of `repair`.
     pub fn of_repair(args: &RepairArgs) -> Result<Job> {
-        Job::on_both(&args.file, &args.endpoints, args.workers)
+        Job::on_both(&args.file, &args.endpoints, args.workers, &args.observe)
     }
 
-    fn on_both(file_args: &FileArgs, endpoints: &EndpointArgs, workers: Option<u16>) -> Result<Job> {
-        let mut job = FileConfig::load_for(file_args, endpoints, workers)?.into_job()?;
+    fn on_both(
+        file_args: &FileArgs,
+        endpoints: &EndpointArgs,
+        workers: Option<u16>,
+        observe: &ObserveArgs,
+    ) -> Result<Job> {
+        let mut file = FileConfig::load_for(file_args, endpoints, workers)?;
+        file.metrics_addr = observe.metrics_addr.or(file.metrics_addr);
+        let mut job = file.into_job()?;
         job.json = file_args.json;
         Ok(job)
     }
 
     /// The job of `rollback`: only the target matters.
     pub fn of_rollback(args: &RollbackArgs) -> Result<Job> {
-        Job::on_target(&args.file, args.target.as_ref(), args.workers)
+        let mut job = Job::on_target(&args.file, args.target.as_ref(), args.workers)?;
+        job.metrics_addr = args.observe.metrics_addr.or(job.metrics_addr);
+        Ok(job)
     }
 
     /// The job of `status`: only the target matters.
     pub fn of_status(args: &StatusArgs) -> Result<Job> {
+        Job::on_target(&args.file, args.target.as_ref(), None)
+    }
+
+    /// The job of `report`: only the target matters.
+    pub fn of_report(args: &ReportArgs) -> Result<Job> {
+        Job::on_target(&args.file, args.target.as_ref(), None)
+    }
+
+    /// The job of `purge`: only the target matters.
+    pub fn of_purge(args: &PurgeArgs) -> Result<Job> {
         Job::on_target(&args.file, args.target.as_ref(), None)
     }
 
@@ -266,8 +343,12 @@ struct FileConfig {
     verify: Option<Verify>,
     lease_seconds: Option<u32>,
     index_existing: Option<bool>,
+    bake_in_days: Option<u32>,
+    metrics_addr: Option<SocketAddr>,
     #[serde(default)]
     throttle: ThrottleOptions,
+    #[serde(default)]
+    alerts: AlertOptions,
     #[serde(default)]
     schemas: Vec<String>,
     #[serde(default, rename = "table")]
@@ -354,8 +435,12 @@ impl FileConfig {
         {
             return Err(Error::usage("the least rate is above the highest"));
         }
+        self.alerts.check()?;
         let mut job = Job {
             throttle,
+            alerts: self.alerts,
+            bake_in_days: self.bake_in_days,
+            metrics_addr: self.metrics_addr,
             source: self.source.unwrap_or_default(),
             target: self.target.unwrap_or_default(),
             schemas: self.schemas,

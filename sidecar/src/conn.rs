@@ -26,6 +26,8 @@ pub enum Role {
     Writer,
     /// Reports signs of life.
     Heartbeat,
+    /// Looks at a run: alerts, metrics, the page.
+    Observer,
     /// Sets runs up, indexes, finishes, shows.
     Admin,
 }
@@ -37,6 +39,7 @@ impl Role {
             Role::Reader => "reader",
             Role::Writer => "writer",
             Role::Heartbeat => "heartbeat",
+            Role::Observer => "observer",
             Role::Admin => "admin",
         }
     }
@@ -48,7 +51,7 @@ impl Role {
             Role::Planner => [0, 60, 0, 0],
             Role::Reader => [7200, 600, 600, 7200],
             Role::Writer => [7200, 600, 600, 7200],
-            Role::Heartbeat => [30, 10, 30, 60],
+            Role::Heartbeat | Role::Observer => [30, 10, 30, 60],
             Role::Admin => [0, 600, 0, 0],
         }
     }

@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use serde_json::json;
+
 use crate::cli::Verify;
-use crate::config::Job;
+use crate::config::{AlertOptions, Job, ThrottleOptions};
 use crate::conn::{Endpoint, Session};
 use crate::error::{At, Error, Kind, Result, Side};
 use crate::runs::{self, Run};
@@ -52,6 +54,14 @@ pub async fn resume(
         return Err(Error::refused(format!("run {} was created for another job", run.run_id))
             .detail(differences.join("; "))
             .hint("resume it without naming tables, or start a new run"));
+    }
+    if job.throttle != ThrottleOptions::default() || job.alerts != AlertOptions::default() {
+        let changes = json!({"throttle": job.throttle, "alerts": job.alerts});
+        target
+            .client
+            .execute("SELECT dedup.change_settings($1::uuid, $2::jsonb)", &[&run.run_id, &changes])
+            .await
+            .at(Side::Target, "change_settings")?;
     }
     if matches!(run.status.as_str(), "paused" | "failed") {
         target

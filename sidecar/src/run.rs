@@ -12,6 +12,7 @@ use crate::conn::{Endpoint, Role, Session};
 use crate::error::{At, Error, Kind, Result, Side};
 use crate::finish;
 use crate::names::TableName;
+use crate::observe::{Observation, Served};
 use crate::progress::{Counters, Plan, Progress};
 use crate::protocol::{Whose, is_open};
 use crate::runs::{self, Run};
@@ -53,6 +54,7 @@ impl Ends {
 
 /// Plans a run, or takes up the one that `resume` names, and works until its end.
 pub async fn run(job: &Job, resume: Option<&str>, stop: Stop) -> Result<u8> {
+    let served = Served::at(job.metrics_addr).await?;
     let mut ends = Ends::connect(job).await?;
     let source = ends.source.connect(Role::Admin).await?;
     // Whatever keeps a snapshot has to live until the last chunk is read.
@@ -73,6 +75,7 @@ pub async fn run(job: &Job, resume: Option<&str>, stop: Stop) -> Result<u8> {
     drop(source);
     let run = runs::find(&ends.admin, &run_id.to_string()).await?;
     tracing::info!("run {run_id} ({}) from {} to {}", run.name, ends.source.place(), ends.target.place());
+    let observation = Observation::start(served, ends.target.clone(), run_id);
     if !matches!(run.status.as_str(), "done" | "reconciled") {
         let resumable = |error: Error| match error.hint {
             Some(_) => error,
@@ -81,7 +84,9 @@ pub async fn run(job: &Job, resume: Option<&str>, stop: Stop) -> Result<u8> {
             }
         };
         index(job, &ends.admin, run_id).await.map_err(resumable)?;
-        work_to_the_end(job, &mut ends, &run, &stop).await.map_err(resumable)?;
+        let worked = work_to_the_end(job, &mut ends, &run, &stop).await;
+        observation.end().await;
+        worked.map_err(resumable)?;
     }
     let summary = Summary::load(&ends.admin, run_id).await?;
     summary.print(job.json)?;
@@ -112,6 +117,7 @@ async fn warn_of_local(admin: &Session, run: Uuid) -> Result<bool> {
 
 /// Joins a run from here.
 pub async fn work(job: &Job, wanted: &str, stop: Stop) -> Result<u8> {
+    let served = Served::at(job.metrics_addr).await?;
     let mut ends = Ends::connect(job).await?;
     let run = runs::find(&ends.admin, wanted).await?;
     if !matches!(run.status.as_str(), "created" | "running" | "paused") {
@@ -122,7 +128,10 @@ pub async fn work(job: &Job, wanted: &str, stop: Stop) -> Result<u8> {
     }
     runs::check_source(&ends.source.connect(Role::Admin).await?, &run).await?;
     tracing::info!("joining run {} ({})", run.run_id, run.name);
-    work_to_the_end(job, &mut ends, &run, &stop).await?;
+    let observation = Observation::start(served, ends.target.clone(), run.run_id);
+    let worked = work_to_the_end(job, &mut ends, &run, &stop).await;
+    observation.end().await;
+    worked?;
     let summary = Summary::load(&ends.admin, run.run_id).await?;
     summary.print(job.json)?;
     if stop.finishing() {

@@ -119,8 +119,12 @@ async fn create_in_transaction(
             "error_budget": job.error_budget.unwrap_or(DEFAULT_ERROR_BUDGET),
             "index_existing": job.index_existing,
             "throttle": job.throttle,
+            "alerts": job.alerts,
         },
     });
+    if let Some(days) = job.bake_in_days {
+        options["settings"]["bake_in_days"] = days.into();
+    }
     if let Some(seconds) = job.lease_seconds {
         options["lease_seconds"] = seconds.into();
     }

@@ -19,6 +19,7 @@ pub mod check;
 pub mod cluster;
 pub mod data;
 pub mod db;
+pub mod http;
 pub mod pair;
 pub mod protocol;
 pub mod sidecar;

@@ -60,9 +60,10 @@ impl Pair {
         self.throttled_run(tables).arg("--no-throttle")
     }
 
-    /// The same, throttled.
+    /// The same, throttled. Nor does the room on its disks decide about a test.
     pub fn throttled_run(&self, tables: &[&str]) -> Invocation {
-        tables.iter().fold(self.sidecar("run"), |run, table| run.arg("--table").arg(*table))
+        let run = self.sidecar("run").args(&["--disk-floor", "0"]);
+        tables.iter().fold(run, |run, table| run.arg("--table").arg(*table))
     }
 
     /// `run --resume last`.
@@ -80,9 +81,14 @@ impl Pair {
         self.sidecar("repair").arg("last")
     }
 
+    /// `pg-dedup-migrate COMMAND --target …`.
+    pub fn sidecar_on_target(&self, command: &str) -> Invocation {
+        Invocation::new(command).args(&["--target", &self.target_cluster.url(DATABASE)])
+    }
+
     /// `rollback RUN --yes`.
     pub fn rollback(&self, run: &str) -> Invocation {
-        Invocation::new("rollback").args(&[run, "--yes", "--target", &self.target_cluster.url(DATABASE)])
+        self.sidecar_on_target("rollback").args(&[run, "--yes"])
     }
 
     /// Dumps the target's database and restores it into another one of the same server, `restored`.

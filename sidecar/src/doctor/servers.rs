@@ -45,7 +45,7 @@ pub async fn check_source(
     check_pooler(endpoint, source, findings).await?;
     check_timeouts(endpoint, findings).await?;
     // A reader a lane, a planner each while planning, and one that asks or keeps a snapshot.
-    check_connections(source, i64::from(worker::lanes(job.workers)) + 2, findings).await
+    check_connections(source, i64::from(worker::lanes(job.workers)) + 3, findings).await
 }
 
 /// The target: version, encoding, standby, preload, connections, timeouts, WAL kept by slots.
@@ -67,7 +67,7 @@ pub async fn check_target(
     check_settings(target, findings).await?;
     check_timeouts(endpoint, findings).await?;
     // A writer a lane, heartbeat, administration, and a vacuum each at the end when the writers are gone.
-    check_connections(target, i64::from(worker::lanes(job.workers)) + 2, findings).await
+    check_connections(target, i64::from(worker::lanes(job.workers)) + 4, findings).await
 }
 
 /// Memory and disk for the size that is planned.

@@ -96,7 +96,10 @@ pub fn decide(
     if good <= COOL_DOWN {
         return (limits, memory, State::Slowed);
     }
-    let raised = rate + (memory.before * RISE).max(bounds.least);
+    // Of a run that was slowed before it had read anything nobody knows what it could reach: it doubles until a signal is bad or it is held up
+    // by something else.
+    let rise = if memory.before > 0.0 { memory.before * RISE } else { rate };
+    let raised = rate + rise.max(bounds.least);
     let active = match limits.active {
         Some(active) if good.is_multiple_of(ANOTHER_CHUNK) => Some(active + 1),
         other => other,
@@ -174,6 +177,21 @@ mod tests {
                 .all(|pair| pair[0].0.rate.unwrap_or(f64::MAX) <= pair[1].0.rate.unwrap_or(f64::MAX))
         );
         assert_eq!(steps.last(), Some(&(Limits::default(), State::Free)), "{steps:?}");
+    }
+
+    #[test]
+    fn slowed_before_it_read_anything_it_doubles() {
+        let mut at = decide(Limits::default(), Memory::default(), BOUNDS, true, 0.0, 6);
+        assert_eq!(at.0.rate, Some(BOUNDS.least));
+        let able = 200e6;
+        let seconds = (1..)
+            .find(|_| {
+                let throughput = at.0.rate.map_or(able, |rate| rate.min(able));
+                at = decide(at.0, at.1, BOUNDS, false, throughput, 6);
+                at.2 == State::Free
+            })
+            .unwrap();
+        assert!(seconds < 30, "{seconds} s");
     }
 
     proptest! {

@@ -124,6 +124,8 @@ impl Flow {
         let mut reporter = Reporter::new(self);
         let joined = async {
             reporter.connect().await?;
+            // Signals of the source have to be there for the first decision: what can't be read is bad.
+            reporter.probe_source().await;
             reporter.report().await
         };
         if let Err(error) = joined.await {
@@ -145,8 +147,6 @@ struct Reporter {
     by_signals: bool,
     /// Why the target can't be probed.
     unprobed: Option<String>,
-    /// Bytes that had been read at the last report.
-    seen: (Instant, usize),
     /// Where the target's WAL was at the last decision.
     wal: Option<(Instant, f64)>,
 }
@@ -162,7 +162,6 @@ impl Reporter {
             commit: Latency::default(),
             by_signals: true,
             unprobed: None,
-            seen: (Instant::now(), 0),
             wal: None,
         }
     }
@@ -246,16 +245,14 @@ impl Reporter {
     }
 
     async fn report(&mut self) -> Result<()> {
-        let read = self.flow.counters.throttle.limiter.total_bytes_consumed();
-        let (then, before) = std::mem::replace(&mut self.seen, (Instant::now(), read));
-        let read_rate = (read - before) as f64 / then.elapsed().as_secs_f64().max(0.001);
+        let read = self.flow.counters.throttle.limiter.total_bytes_consumed() as i64;
         let Some(target) = &self.target else { return Ok(()) };
         let doing = "throttle_report";
         let row = target
             .client
             .query_one(
-                "SELECT run_status, allowed, by_signals, reason, turn FROM dedup.throttle_report($1::uuid, $2::uuid, $3::int4, $4::float8)",
-                &[&self.flow.run, &self.process, &i32::from(self.flow.lanes), &read_rate],
+                "SELECT run_status, allowed, by_signals, reason, turn FROM dedup.throttle_report($1::uuid, $2::uuid, $3::int4, $4::int8)",
+                &[&self.flow.run, &self.process, &i32::from(self.flow.lanes), &read],
             )
             .await
             .at(Side::Target, doing)?;

@@ -1,5 +1,6 @@
 //! Everything that needs a server: one binary, one private pair of clusters a test, a module a subject.
 
+mod alerts;
 mod bad_input;
 mod commands;
 mod crash;
@@ -10,6 +11,7 @@ mod keys;
 mod lost_records;
 mod migrate;
 mod names;
+mod observe;
 mod pauses;
 mod protocol;
 mod quarantine;
@@ -17,6 +19,8 @@ mod reconcile;
 mod regressions;
 mod rehearsal;
 mod repair;
+mod reports;
+mod retention;
 mod rollback;
 mod sample;
 mod second_run;

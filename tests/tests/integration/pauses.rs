@@ -64,10 +64,14 @@ async fn a_full_disk_pauses_the_run() {
     let state = pair.target.texts("SELECT status FROM dedup.runs").await;
     assert_eq!(state, [[Some("paused".to_owned())]]);
     assert_eq!(pair.target.one::<i64>("SELECT count(*) FROM public.records").await, 0);
+    pair.target
+        .wait_until("EXISTS (SELECT FROM dedup.alerts WHERE kind = 'disk_full' AND severity = 'P1')")
+        .await;
     pair.target.exec("DELETE FROM room; SELECT dedup.resume_run(run_id) FROM dedup.runs").await;
     let output = sidecar.finish().await;
     assert_eq!(output.code, Some(exit::DONE), "{}", output.describe());
     let burnt: i64 = pair.target.one("SELECT count(*) FROM dedup.checkpoints WHERE attempts <> 1").await;
     assert_eq!(burnt, 0, "a full disk cost attempts");
+    assert_eq!(pair.target.one::<i64>("SELECT count(*) FROM dedup.alerts").await, 0);
     assert_first_run(&pair.source, &pair.target, &RECORDS).await;
 }

@@ -1,0 +1,93 @@
+//! A session that asks the target about the run.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tokio::sync::Mutex;
+use uuid::Uuid;
+
+use crate::conn::{Endpoint, Role, Session, protocol_error};
+use crate::error::{At, Result, Side};
+use crate::view::overview::Overview;
+
+/// How old an overview may be: however many look, the target is asked so often.
+const FRESH: Duration = Duration::from_secs(1);
+
+/// Asks about one run, on a session of its own that is made anew when it is lost.
+pub struct Probe {
+    target: Arc<Endpoint>,
+    run: Uuid,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    session: Option<Session>,
+    last: Option<(Instant, Arc<Overview>)>,
+}
+
+impl Inner {
+    async fn session(&mut self, target: &Endpoint) -> Result<&Session> {
+        match &mut self.session {
+            Some(session) if !session.is_closed() => {}
+            empty => *empty = Some(target.connect(Role::Observer).await?),
+        }
+        self.session.as_ref().ok_or_else(|| protocol_error(Side::Target, "no session"))
+    }
+}
+
+impl Probe {
+    /// Not connected yet.
+    pub fn new(target: Arc<Endpoint>, run: Uuid) -> Probe {
+        Probe { target, run, inner: Mutex::default() }
+    }
+
+    /// Brings the run's alerts up to date; answers those that fire, in words, by kind.
+    pub async fn check_alerts(&self) -> Result<BTreeMap<String, String>> {
+        let doing = "looking at the alerts";
+        let mut inner = self.inner.lock().await;
+        let session = inner.session(&self.target).await?;
+        session
+            .client
+            .execute("SELECT dedup.check_alerts($1::uuid)", &[&self.run])
+            .await
+            .at(Side::Target, doing)?;
+        let rows = session
+            .client
+            .query(
+                "SELECT kind, severity || ' ' || kind || ': ' || message || '; ' || look_at FROM dedup.alerts WHERE run_id = $1::uuid",
+                &[&self.run],
+            )
+            .await
+            .at(Side::Target, doing)?;
+        rows.iter()
+            .map(|row| Ok((row.try_get(0).at(Side::Target, doing)?, row.try_get(1).at(Side::Target, doing)?)))
+            .collect()
+    }
+
+    /// The run as it is now, or was a moment ago.
+    pub async fn overview(&self) -> Result<Arc<Overview>> {
+        let doing = "asking for an overview";
+        let mut inner = self.inner.lock().await;
+        if let Some((at, overview)) = &inner.last
+            && at.elapsed() < FRESH
+        {
+            return Ok(overview.clone());
+        }
+        let row = inner
+            .session(&self.target)
+            .await?
+            .client
+            .query_one("SELECT dedup.overview($1::uuid)", &[&self.run])
+            .await
+            .at(Side::Target, doing)?;
+        let document: Value = row.try_get(0).at(Side::Target, doing)?;
+        let overview = serde_json::from_value(document)
+            .map_err(|e| protocol_error(Side::Target, format!("{doing}: {e}")))?;
+        let overview = Arc::new(overview);
+        inner.last = Some((Instant::now(), Arc::clone(&overview)));
+        Ok(overview)
+    }
+}

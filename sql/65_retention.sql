@@ -1,0 +1,171 @@
+-- What is kept, for how long, and how the rest goes. docs/operations.md has the periods and their reasons.
+
+CREATE FUNCTION dedup.record_archive(run uuid, location text, manifest_sha256 bytea, bytes bigint, began_at timestamptz) RETURNS bigint
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    id bigint;
+BEGIN
+    PERFORM dedup.run_row(run);
+    IF octet_length(manifest_sha256) IS DISTINCT FROM 32 THEN
+        RAISE EXCEPTION 'an archive is known by the SHA-256 of its manifest' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    INSERT INTO dedup.archives (run_id, location, manifest_sha256, bytes, began_at) VALUES (run, location, manifest_sha256, bytes, began_at) RETURNING archive_id INTO id;
+    PERFORM dedup.log_event(run, NULL, 'archived', jsonb_build_object('archive_id', id, 'location', location, 'manifest_sha256', encode(manifest_sha256, 'hex')));
+    RETURN id;
+END $$;
+COMMENT ON FUNCTION dedup.record_archive(uuid, text, bytea, bigint, timestamptz) IS 'says that report, events, ledger and quarantine of a run were archived; began_at: what came later is not in it';
+
+CREATE FUNCTION dedup.set_bake_in(run uuid, until timestamptz) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    r dedup.runs := dedup.lock_run(run);
+BEGIN
+    IF r.bake_in_until < clock_timestamp() THEN
+        RAISE EXCEPTION 'the bake-in of run % has ended', run USING ERRCODE = 'object_not_in_prerequisite_state',
+            DETAIL = format('It ended at %s; what a rollback needs may be gone.', r.bake_in_until);
+    END IF;
+    UPDATE dedup.runs AS x SET bake_in_until = until WHERE x.run_id = run;
+    PERFORM dedup.log_event(run, NULL, 'bake_in_set', jsonb_build_object('until', until));
+END $$;
+COMMENT ON FUNCTION dedup.set_bake_in(uuid, timestamptz) IS 'until when a run can be rolled back, as long as it can';
+
+-- What is old enough to go, run by run; why it stays, where it does.
+CREATE FUNCTION dedup.purgeable(reconciliations interval DEFAULT '7 days', history interval DEFAULT '90 days', archives interval DEFAULT '1 year',
+    OUT run_id uuid, OUT what text, OUT rows bigint, OUT kept_because text) RETURNS SETOF record
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    r dedup.runs;
+    now_is timestamptz := clock_timestamp();
+    ended timestamptz;
+    why text;
+BEGIN
+    FOR r IN SELECT * FROM dedup.runs AS x ORDER BY x.created_at LOOP
+        run_id := r.run_id;
+        -- All that happened to a run has to be in its archive.
+        ended := greatest(r.finished_at, (SELECT max(b.finished_at) FROM dedup.rollbacks AS b WHERE b.run_id = r.run_id),
+                          (SELECT max(c.finished_at) FROM dedup.reconciliations AS c WHERE c.run_id = r.run_id));
+        why := CASE WHEN r.status NOT IN ('done', 'reconciled', 'rolled_back', 'cancelled') THEN format('the run is %s', r.status)
+                    WHEN EXISTS (SELECT FROM dedup.reconciliations AS c WHERE c.run_id = r.run_id AND c.verdict = 'open') THEN 'it is being reconciled'
+                    WHEN NOT EXISTS (SELECT FROM dedup.archives AS a WHERE a.run_id = r.run_id AND a.began_at >= ended) THEN 'it is not archived: pg-dedup-migrate report RUN --archive DIR' END;
+
+        what := 'reconciliations';
+        rows := (SELECT count(*) FROM dedup.divergences AS d WHERE d.run_id = r.run_id)
+            + (SELECT count(*) FROM dedup.reconciled_chunks AS k JOIN dedup.reconciliations AS c USING (reconciliation_id) WHERE c.run_id = r.run_id);
+        IF rows > 0 AND ended < now_is - reconciliations THEN
+            kept_because := why;
+            RETURN NEXT;
+        END IF;
+
+        what := 'before_images';
+        rows := (SELECT count(*) FROM dedup.before_images AS b WHERE b.run_id = r.run_id);
+        IF rows > 0 AND r.bake_in_until < now_is THEN
+            kept_because := why;
+            RETURN NEXT;
+        END IF;
+
+        what := 'history';
+        rows := (SELECT count(*) FROM dedup.checkpoints AS c WHERE c.run_id = r.run_id);
+        IF rows > 0 AND ended < now_is - history THEN
+            kept_because := coalesce(why, CASE WHEN r.bake_in_until >= now_is THEN format('it can be rolled back until %s', r.bake_in_until) END, (
+                -- What another run may still take back is kept for those whose records rest on it: by their ledgers.
+                SELECT format('run %s, which wrote the same target meanwhile, can still be rolled back', o.run_id) FROM dedup.runs AS o
+                WHERE o.run_id <> r.run_id AND o.status NOT IN ('rolled_back', 'created') AND NOT coalesce(o.bake_in_until < now_is, false) AND o.started_at < ended
+                    AND EXISTS (SELECT FROM dedup.run_tables AS t JOIN dedup.run_tables AS u USING (target_id) WHERE t.run_id = r.run_id AND u.run_id = o.run_id) LIMIT 1));
+            RETURN NEXT;
+        END IF;
+
+        what := 'archives';
+        rows := (SELECT count(*) FROM dedup.archives AS a WHERE a.run_id = r.run_id AND a.archived_at < now_is - archives);
+        IF rows > 0 THEN
+            -- As long as anything is here that it stands for, it is needed.
+            kept_because := CASE WHEN EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id = r.run_id) THEN 'the run''s history is not purged yet' END;
+            RETURN NEXT;
+        END IF;
+    END LOOP;
+END $$;
+COMMENT ON FUNCTION dedup.purgeable(interval, interval, interval) IS 'what of each run is older than it is kept, and why it stays where it does; before images go with the run''s bake-in';
+
+-- One batch; 0: nothing is left.
+CREATE FUNCTION dedup.purge_batch(run uuid, what text, archives interval, many int DEFAULT 10000) RETURNS bigint
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    part record;
+    gone bigint;
+BEGIN
+    FOR part IN
+        SELECT p.name, p.mine FROM (VALUES
+            (1, 'reconciliations', 'divergences', 'x.run_id = $1'),
+            (2, 'reconciliations', 'reconciled_chunks', 'x.reconciliation_id IN (SELECT c.reconciliation_id FROM dedup.reconciliations AS c WHERE c.run_id = $1)'),
+            (3, 'before_images', 'before_images', 'x.run_id = $1'),
+            (4, 'history', 'divergences', 'x.run_id = $1'),
+            (5, 'history', 'reconciled_chunks', 'x.reconciliation_id IN (SELECT c.reconciliation_id FROM dedup.reconciliations AS c WHERE c.run_id = $1)'),
+            (6, 'history', 'left_alone', 'x.run_id = $1'),
+            (7, 'history', 'rollback_steps', 'x.rollback_id IN (SELECT b.rollback_id FROM dedup.rollbacks AS b WHERE b.run_id = $1)'),
+            (8, 'history', 'quarantine', 'x.run_id = $1'),
+            (9, 'history', 'ledger_block', 'x.ordinal IN (SELECT o.ordinal FROM dedup.ordinals AS o WHERE o.run_id = $1)'),
+            (10, 'history', 'unchanged_rows', 'x.ordinal IN (SELECT o.ordinal FROM dedup.ordinals AS o WHERE o.run_id = $1)'),
+            (11, 'history', 'throughput', 'x.run_id = $1'),
+            (12, 'history', 'alert_log', 'x.run_id = $1'),
+            (13, 'history', 'processes', 'x.run_id = $1'),
+            (14, 'history', 'workers', 'x.run_id = $1'),
+            (15, 'history', 'events', 'x.run_id = $1 AND x.kind <> ''purged'''),
+            (16, 'history', 'checkpoints', 'x.run_id = $1'),
+            (17, 'archives', 'archives', 'x.run_id = $1 AND x.archived_at < clock_timestamp() - $3')) AS p(n, what, name, mine)
+        WHERE p.what = purge_batch.what ORDER BY p.n
+    LOOP
+        EXECUTE format('DELETE FROM dedup.%I WHERE ctid = ANY (ARRAY(SELECT x.ctid FROM dedup.%I AS x WHERE %s LIMIT $2))', part.name, part.name, part.mine) USING run, many, archives;
+        GET DIAGNOSTICS gone = ROW_COUNT;
+        IF gone > 0 THEN
+            RETURN gone;
+        END IF;
+    END LOOP;
+    RETURN 0;
+END $$;
+COMMENT ON FUNCTION dedup.purge_batch(uuid, text, interval, int) IS 'deletes some rows of what a run leaves behind; 0: nothing is left';
+
+-- Marks a run before the first of its rows goes: what would need them refuses from then on.
+CREATE FUNCTION dedup.begin_purge(run uuid, what text, reconciliations interval, history interval, archives interval) RETURNS bool
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM dedup.lock_run(run);
+    PERFORM FROM dedup.purgeable(reconciliations, history, archives) AS p WHERE p.run_id = run AND p.what = begin_purge.what AND p.kept_because IS NULL;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    IF what = 'history' THEN
+        UPDATE dedup.runs AS r SET purged_at = clock_timestamp(), bake_in_until = least(r.bake_in_until, clock_timestamp()) WHERE r.run_id = run;
+    END IF;
+    RETURN true;
+END $$;
+COMMENT ON FUNCTION dedup.begin_purge(uuid, text, interval, interval, interval) IS 'looks again, with the run locked, whether something of it may go';
+
+CREATE PROCEDURE dedup.purge(dry_run bool DEFAULT false, reconciliations interval DEFAULT '7 days', history interval DEFAULT '90 days', archives interval DEFAULT '1 year')
+LANGUAGE plpgsql AS $$
+DECLARE
+    old record;
+    gone bigint;
+    batch bigint;
+BEGIN
+    FOR old IN SELECT p.* FROM dedup.purgeable(reconciliations, history, archives) AS p LOOP
+        IF old.kept_because IS NOT NULL THEN
+            RAISE NOTICE 'run %: % stay: %', old.run_id, old.what, old.kept_because;
+            CONTINUE;
+        ELSIF dry_run THEN
+            RAISE NOTICE 'run %: % would go, % rows', old.run_id, old.what, old.rows;
+            CONTINUE;
+        END IF;
+        CONTINUE WHEN NOT dedup.begin_purge(old.run_id, old.what, reconciliations, history, archives);
+        COMMIT;
+        gone := 0;
+        LOOP
+            batch := dedup.purge_batch(old.run_id, old.what, archives);
+            EXIT WHEN batch OPERATOR(pg_catalog.=) 0;
+            gone := gone OPERATOR(pg_catalog.+) batch;
+            COMMIT;
+        END LOOP;
+        PERFORM dedup.log_event(old.run_id, NULL, 'purged', pg_catalog.jsonb_build_object('what', old.what, 'rows', gone));
+        COMMIT;
+        RAISE NOTICE 'run %: % went, % rows', old.run_id, old.what, gone;
+    END LOOP;
+END $$;
+COMMENT ON PROCEDURE dedup.purge(bool, interval, interval, interval) IS 'deletes what is older than it is kept, archived, and of a run that is over, in small transactions; dry_run: only says what';
