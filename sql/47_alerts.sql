@@ -50,7 +50,8 @@ BEGIN
         RETURN NEXT;
     END IF;
 
-    kind := 'deadline'; severity := 'P1'; value := extract(epoch FROM s.eta); threshold := greatest(0, extract(epoch FROM s.deadline - clock_timestamp()));
+    kind := 'deadline'; severity := 'P1'; value := extract(epoch FROM s.eta);
+    threshold := CASE WHEN s.deadline IS NOT NULL THEN greatest(0, extract(epoch FROM s.deadline - clock_timestamp())) END;
     IF r.status IN ('created', 'running', 'paused', 'failed') AND clock_timestamp() > s.deadline OR r.status = 'running' AND is_settled AND value > threshold THEN
         message := CASE WHEN threshold = 0 THEN format('it was to be done by %s', s.deadline)
                         ELSE format('it will take %s more, and is to be done in %s', dedup.rough(value), dedup.rough(threshold)) END;

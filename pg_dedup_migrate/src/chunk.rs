@@ -23,7 +23,7 @@ use crate::lookup::{Leaving, Subject};
 use crate::matching::Standing;
 use crate::planning::ByIndex;
 use crate::relation;
-use crate::repair::Repair;
+use crate::repair::{self, Repair};
 use crate::shmem::{self, Scope, warmth};
 use crate::sql::required;
 
@@ -66,6 +66,8 @@ pub struct OpenChunk {
     pub stale: Rc<Vec<(Subject, u64)>>,
     /// In a repair: keys of the rows that stand under keys of its records.
     pub own_rows: Rc<HashSet<Vec<u8>>>,
+    /// Of a repair: keys of the records that the chunk dropped as duplicates when it finished before.
+    pub dropped_before: Rc<HashSet<Vec<u8>>>,
     /// Keys of rows that are too many.
     pub extra: Rc<Vec<Vec<u8>>>,
     /// What an earlier finish of this chunk wrote and is still there.
@@ -310,7 +312,7 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
     if let Some(open) = unfinished() {
         return Err(Error::state(format!("chunk {open} is still open")).hint("finish it first, or ROLLBACK"));
     }
-    let chunk = Spi::connect_mut(|client| -> Result<OpenChunk> {
+    let mut chunk = Spi::connect_mut(|client| -> Result<OpenChunk> {
         let found = client
             .update(
                 "SELECT c.status, c.repair, c.lease, c.backend_pid, c.range_kind, c.range_lower, c.range_upper, \
@@ -382,6 +384,7 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
             repair,
             stale: Rc::default(),
             own_rows: Rc::default(),
+            dropped_before: Rc::default(),
             extra: Rc::default(),
             standing: Standing::default(),
             lists: Rc::new(SPARE.take()),
@@ -390,6 +393,7 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
             changed_in: subtransaction(),
         })
     })?;
+    chunk.dropped_before = Rc::new(repair::dropped_before(&chunk)?);
     forget_earlier_finish(&chunk)?;
     lock_index(chunk.target_id, &chunk)?;
     // Whoever ends a run and then waits for the index sees everything that was written for it: nothing is begun after that.

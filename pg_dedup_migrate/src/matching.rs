@@ -115,11 +115,16 @@ pub fn match_rows(chunk: &mut OpenChunk, keys: &[&[u8]], row_digests: &[[u8; 32]
     found.sort_unstable();
     let key_of = |n: u32| stored.get(&n).map_or(keys[n as usize], Vec::as_slice);
 
-    let updated_before = updated_before(chunk)?;
-    let twins = repair::twins(chunk, &found, &matches, &key_of)?;
     if chunk.repair.is_some() {
         chunk.own_rows = Rc::new(found.iter().map(|&(_, n)| key_of(n).to_vec()).collect());
+        let foreign = repair::not_ours(chunk, &found, &matches, &key_of)?;
+        found.retain(|(_, n)| !foreign.contains(n));
+        for n in foreign {
+            matches[n as usize] = Match::Absent;
+        }
     }
+    let updated_before = updated_before(chunk)?;
+    let twins = repair::twins(chunk, &found, &matches, &key_of)?;
     let mut written = written_by_this_pass(chunk, &found, &key_of)?;
     written.retain(|(n, _)| !twins.contains(n));
     for &n in &twins {

@@ -334,8 +334,8 @@ impl Worker {
         let mut pauses = pauses().take(LEASE_TRIES);
         loop {
             if self.target.as_ref().is_none_or(Session::is_closed) {
-                self.target = Some(self.crew.target.connect_patiently(Role::Writer).await?);
-                self.asked_for_warmth = false;
+                let session = self.crew.target.connect_patiently(Role::Writer).await?;
+                self.writes_by(session);
             }
             let Some(target) = &self.target else { continue };
             if !std::mem::replace(&mut self.asked_for_warmth, true) {
@@ -466,6 +466,14 @@ impl Worker {
         Ok(())
     }
 
+    /// Goes on with another session. If the server crashed, it has forgotten chunks that it said were committed: their leases are this
+    /// worker's again, who believes them done. They run out with the identity.
+    fn writes_by(&mut self, session: Session) {
+        self.target = Some(session);
+        self.asked_for_warmth = false;
+        self.renew_identity();
+    }
+
     /// Lets leases that this worker knows nothing of run out with the identity they were granted to.
     fn renew_identity(&mut self) {
         self.identities.leave(self.id);
@@ -493,8 +501,7 @@ impl Worker {
             } else {
                 self.crew.target.connect_patiently(Role::Writer).await?
             };
-            self.target = Some(connected);
-            self.asked_for_warmth = false;
+            self.writes_by(connected);
         }
         let Some(target) = &self.target else {
             return Err(Error::here(Kind::Connection, "a connection is gone"));

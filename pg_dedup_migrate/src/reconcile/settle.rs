@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use pg_dedup_record::digest::Digest;
+use pg_dedup_record::record::RecordDigests;
 use pg_dedup_record::wire;
 use pgrx::Uuid;
 use pgrx::prelude::*;
@@ -205,6 +206,8 @@ struct Expected {
     written: u32,
     /// Its content stands under another key.
     elsewhere: bool,
+    /// Without keys, where a row is more than its content: the beginning of the row's digest, if this run wrote it, and it alone.
+    row: Option<[u8; Digest::SHORT_LEN]>,
 }
 
 struct Settlement<'a> {
@@ -303,23 +306,27 @@ impl Settlement<'_> {
     /// Compares entries with rows, as many at a time as fit `maintenance_work_mem`: those of a range of digests, by one scan of the target.
     /// What a row holds leaves `gone`; what the index has and no row holds is added to it.
     fn audit(&mut self, entries: i64, gone: &mut HashSet<[u8; 32]>) -> Result<()> {
+        let has_rest = self.keyless() && !self.target.layout.rest.is_empty() && self.is_of_these_columns()?;
         for pass in Passes::of(entries as usize, size_of::<Expected>()).each() {
             let mut expected: Vec<Expected> = Vec::new();
             self.for_each_content(|digest, said, standing| {
                 if pass.has(digest.as_bytes()) {
+                    let written = said
+                        .iter()
+                        .map(|p| if p.tombstone { -1 } else { 1 })
+                        .sum::<i32>()
+                        .max(1)
+                        .cast_unsigned();
                     expected.extend(standing.iter().map(|place| {
                         Expected {
                             digest: *digest.as_bytes(),
                             subject: subject(digest.as_bytes(), &place.key),
                             ordinal: place.ordinal,
                             found: 0,
-                            written: said
-                                .iter()
-                                .map(|p| if p.tombstone { -1 } else { 1 })
-                                .sum::<i32>()
-                                .max(1)
-                                .cast_unsigned(),
+                            written,
                             elsewhere: false,
+                            row: (has_rest && written == 1 && self.ordinals.contains(&place.ordinal))
+                                .then_some(place.row_digest),
                         }
                     }));
                 }
@@ -338,6 +345,15 @@ impl Settlement<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Whether the run's rows were digested by the columns that the target is read by.
+    fn is_of_these_columns(&self) -> Result<bool> {
+        required(Spi::get_one_with_args(
+            "SELECT pg_catalog.bool_and(t.layout OPERATOR(pg_catalog.=) g.layout) FROM dedup.run_tables AS t JOIN dedup.targets AS g USING (target_id) \
+             WHERE t.run_id = $1 AND t.target_id = $2",
+            &[self.run.into(), self.target.id.into()],
+        )?)
     }
 
     /// Rows without an entry whose content stands under another key, too: if they are records of the run, the content is there twice. Rows of
@@ -393,7 +409,7 @@ impl Settlement<'_> {
         let (keyless, tells_foreign) = (self.keyless(), !self.compared.counts_rows);
         let (mut key, mut twins) = (Vec::new(), Vec::new());
         rows::scan_in(View::Statement, &query, &[], &layout, 0, |row| {
-            let content = row.digests()?.content;
+            let RecordDigests { content, row: row_digest } = row.digests()?;
             if !pass.has(content.as_bytes()) {
                 return Ok(());
             }
@@ -404,7 +420,9 @@ impl Settlement<'_> {
             }
             let wanted = (*content.as_bytes(), subject(content.as_bytes(), &key));
             let at = expected.binary_search_by_key(&wanted, |e| (e.digest, e.subject));
-            let entry = at.ok().map(|at| &mut expected[at]);
+            // Without keys a row that differs in any column is another row.
+            let is_it = |e: &&mut Expected| e.row.is_none_or(|row| row == row_digest.short());
+            let entry = at.ok().map(|at| &mut expected[at]).filter(is_it);
             match entry {
                 // Without keys: one row more than there should be. If the index knows of it, runs wrote it.
                 Some(entry) if keyless && entry.found > 0 => {

@@ -9,8 +9,10 @@
 //! |---|---|
 //! | [`stale`] | entries of the chunk's contents that no row bears out |
 //! | [`surplus`] | rows that are too many: duplicates, rows that the source does not have |
+//! | [`foreign`] | rows under a record's key that no run wrote |
 //! | [`audit`] | in the end, entries of whatever content without a row |
 pub mod audit;
+mod foreign;
 mod stale;
 mod surplus;
 
@@ -19,6 +21,7 @@ use std::collections::HashSet;
 use pg_dedup_record::digest::Digest;
 use pgrx::prelude::*;
 
+pub use foreign::{dropped_before, not_ours};
 pub use stale::{retract, still_stale};
 pub use surplus::{remove_extra, twins};
 

@@ -19,8 +19,8 @@ use crate::sql::{required, stored_digest};
 pub struct HandedOver {
     /// How many.
     pub rows: i64,
-    /// The ordinals that they stand under now.
-    pub ordinals: HashSet<u64>,
+    /// The ordinals that they stand under now, with those they were written under.
+    pub ordinals: HashMap<u64, u64>,
 }
 
 /// Whom a row is kept for, and who wrote it: rows of one such pair stand under one new ordinal.
@@ -42,7 +42,7 @@ pub fn hand_over(rollback: &Rollback, part: &Part) -> Result<HandedOver> {
     let segments = Table::open("segment", Access::Insert)?;
     let mut writer = SegmentWriter::new(&blocks, part.target.id, 0)?;
     let mut ordinals: HashMap<Heritage, (u64, i64)> = HashMap::new();
-    let mut moved: Vec<(u64, Vec<u8>, u64)> = Vec::new();
+    let mut moved: Vec<Moved> = Vec::new();
     // Of one content: entries are written in order.
     let mut pending: Vec<(Digest, u64, Place)> = Vec::new();
     let mut flush = |pending: &mut Vec<(Digest, u64, Place)>| -> Result<()> {
@@ -70,7 +70,7 @@ pub fn hand_over(rollback: &Rollback, part: &Part) -> Result<HandedOver> {
             }
         };
         if images.contains(&subject(place.ordinal, &place.key)) {
-            moved.push((place.ordinal, place.key.clone(), ordinal));
+            moved.push(Moved { from: place.ordinal, to: ordinal, key: place.key.clone(), content: *digest });
         }
         handed_over.rows += 1;
         pending.push((*digest, ordinal, place.clone()));
@@ -78,12 +78,12 @@ pub fn hand_over(rollback: &Rollback, part: &Part) -> Result<HandedOver> {
     })?;
     flush(&mut pending)?;
     writer.finish(&segments)?;
-    for (ordinal, rows) in ordinals.into_values() {
+    for ((_, writer), (ordinal, rows)) in ordinals {
         Spi::run_with_args(
             "UPDATE dedup.ordinals SET heir_rows = $2 WHERE ordinal = $1",
             &[ordinal.cast_signed().into(), rows.into()],
         )?;
-        handed_over.ordinals.insert(ordinal);
+        handed_over.ordinals.insert(ordinal, writer);
     }
     let tombstones = move_images(&moved)?;
     segment::write_tombstones(part.target.id, tombstones)?;
@@ -133,15 +133,27 @@ fn inherited_ordinal(heir: u64, writer: u64) -> Result<u64> {
     Ok(ordinal.cast_unsigned())
 }
 
-/// Before images go with the rows they belong to; returns what these held before: (content, ordinal, key).
-fn move_images(moved: &[(u64, Vec<u8>, u64)]) -> Result<Vec<(Digest, u64, Vec<u8>)>> {
+/// A row with a before image that is handed over.
+struct Moved {
+    /// The ordinal that it was written under.
+    from: u64,
+    /// The ordinal that it stands under now.
+    to: u64,
+    key: Vec<u8>,
+    content: Digest,
+}
+
+/// Before images go with the rows they belong to; returns what these held before, and hold no more: (content, ordinal, key).
+fn move_images(moved: &[Moved]) -> Result<Vec<(Digest, u64, Vec<u8>)>> {
     if moved.is_empty() {
         return Ok(Vec::new());
     }
-    let from: Vec<i64> = moved.iter().map(|(from, ..)| from.cast_signed()).collect();
-    let keys: Vec<Vec<u8>> = moved.iter().map(|(_, key, _)| key.clone()).collect();
-    let to: Vec<i64> = moved.iter().map(|(.., to)| to.cast_signed()).collect();
-    Spi::connect_mut(|client| {
+    let from: Vec<i64> = moved.iter().map(|m| m.from.cast_signed()).collect();
+    let keys: Vec<Vec<u8>> = moved.iter().map(|m| m.key.clone()).collect();
+    let to: Vec<i64> = moved.iter().map(|m| m.to.cast_signed()).collect();
+    let written: HashSet<(u64, &[u8], Digest)> =
+        moved.iter().map(|m| (m.to, m.key.as_slice(), m.content)).collect();
+    let held = Spi::connect_mut(|client| -> Result<Vec<(Digest, u64, Vec<u8>)>> {
         client
             .update(
                 "UPDATE dedup.before_images AS b SET ordinal = o.ordinal, run_id = o.run_id, chunk_id = o.chunk_id \
@@ -160,5 +172,10 @@ fn move_images(moved: &[(u64, Vec<u8>, u64)]) -> Result<Vec<(Digest, u64, Vec<u8
                 ))
             })
             .collect()
-    })
+    })?;
+    // A row whose other columns alone were changed holds that content still.
+    Ok(held
+        .into_iter()
+        .filter(|(content, to, key)| !written.contains(&(*to, key.as_slice(), *content)))
+        .collect())
 }

@@ -27,8 +27,9 @@ const WRITERS: usize = 4096;
 pub fn split(part: &Part, handed_over: &HandedOver) -> Result<()> {
     let snapshot = Snapshot::latest();
     let segments = segment::segments_of(part.target.id, &snapshot)?;
-    let (inherited, others): (Vec<Segment>, Vec<Segment>) =
-        segments.into_iter().partition(|s| handed_over.ordinals.contains(&s.last_ordinal.cast_unsigned()));
+    let (inherited, others): (Vec<Segment>, Vec<Segment>) = segments
+        .into_iter()
+        .partition(|s| handed_over.ordinals.contains_key(&s.last_ordinal.cast_unsigned()));
     let mixed: Vec<Segment> = others
         .into_iter()
         .filter(|s| {
@@ -61,7 +62,7 @@ fn take_apart(
         let mut leave: HashMap<u64, SegmentWriter<'_>> = HashMap::new();
         let all = std::iter::once(segment).chain(inherited);
         Merge::new(&read, all, snapshot)?.for_each_content(|digest, said, _| {
-            for place in said.iter().filter(|p| !handed_over.ordinals.contains(&p.ordinal)) {
+            for place in said.iter().filter(|p| !handed_over.ordinals.contains_key(&p.ordinal)) {
                 let to = if !part.has(place.ordinal) {
                     if pass > 0 {
                         continue;
@@ -89,16 +90,12 @@ fn take_apart(
     Ok(())
 }
 
-/// Whether an entry was handed over: of the entries of its content and key the last one was.
+/// Whether an entry was handed over: another of its content and key was made of it.
 pub fn is_handed_over(place: &Place, said: &[Place], handed_over: &HandedOver) -> bool {
-    if place.tombstone
-        || !said.iter().any(|p| p.key == place.key && handed_over.ordinals.contains(&p.ordinal))
-    {
-        return false;
-    }
-    !said.iter().any(|p| {
-        p.key == place.key && p.ordinal > place.ordinal && !handed_over.ordinals.contains(&p.ordinal)
-    })
+    !place.tombstone
+        && said
+            .iter()
+            .any(|p| p.key == place.key && handed_over.ordinals.get(&p.ordinal) == Some(&place.ordinal))
 }
 
 fn entry<'a>(digest: &Digest, place: &'a Place) -> Entry<'a> {

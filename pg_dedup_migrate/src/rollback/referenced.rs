@@ -88,7 +88,8 @@ fn for_each_batch(
     let snapshot = Snapshot::latest();
     let blocks = Table::open("segment_block", Access::Read)?;
     let mut segments = segment::segments_of(part.target.id, &snapshot)?;
-    segments.retain(|s| part.overlaps(s) || handed_over.ordinals.contains(&s.last_ordinal.cast_unsigned()));
+    segments
+        .retain(|s| part.overlaps(s) || handed_over.ordinals.contains_key(&s.last_ordinal.cast_unsigned()));
     // A row with a before image stood there before.
     let images = keys_with_images(rollback, part)?;
     let mut batch: Vec<Vec<u8>> = Vec::with_capacity(BATCH);

@@ -1,4 +1,7 @@
 //! One finish is taken back.
+use std::collections::HashSet;
+use std::ops::ControlFlow;
+
 use pg_dedup_record::block::{Entry, Stamp};
 use pg_dedup_record::digest::Digest;
 use pgrx::prelude::*;
@@ -13,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::hash::rows;
 use crate::index::Target;
 use crate::keyset::{column_list, qualified_name};
+use crate::lookup;
 use crate::planning::ByIndex;
 use crate::references::{self, Which};
 use crate::relation::{Access, Snapshot, Table};
@@ -124,7 +128,7 @@ fn delete(step: &Step, rows: &[(&[u8], Option<&Written>)]) -> Result<i64> {
 /// Takes entries, ledger and images of the finish away; enters what the index has to say of the rows that were left alone.
 fn forget(step: &Step, segments: &[Segment], findings: &Findings) -> Result<()> {
     segment::delete(segments)?;
-    segment::write_tombstones(step.target.id, findings.tombstones.clone())?;
+    segment::write_tombstones(step.target.id, taken_away(step, findings)?)?;
     tell_index(step, findings)?;
     let ordinal = step.ordinal.cast_signed();
     let kept: Vec<Vec<u8>> = findings
@@ -140,6 +144,22 @@ fn forget(step: &Step, segments: &[Segment], findings: &Findings) -> Result<()> 
     )?;
     forget_lists(ordinal)?;
     report(step, &findings.alone)
+}
+
+/// The contents that others took away from a row, but for those that they wrote there again: a row whose other columns alone they changed holds
+/// its content still.
+fn taken_away(step: &Step, findings: &Findings) -> Result<Vec<(Digest, u64, Vec<u8>)>> {
+    let mut taken = findings.tombstones.clone();
+    let (digests, wanted) = lookup::distinct(taken.iter().map(|(content, ..)| *content));
+    let mut written: HashSet<(Digest, u64, Vec<u8>)> = HashSet::new();
+    lookup::for_each_hit(step.target.id, &digests, &wanted, 0, &Snapshot::latest(), |_, entry| {
+        if !entry.stamp.tombstone {
+            written.insert((entry.digest, entry.stamp.ordinal, entry.key.to_vec()));
+        }
+        Ok(ControlFlow::Continue(()))
+    })?;
+    taken.retain(|tombstone| !written.contains(tombstone));
+    Ok(taken)
 }
 
 /// Takes away what the finish dropped as duplicates or found unchanged.

@@ -55,7 +55,7 @@ async fn throughput_and_deadline() {
     // 0.28 MB/s are wanted, 0.2 are read: 40 MB would take 200 s.
     let process = pair
         .throttled_run(&["public.items"])
-        .args(&["--no-throttle", "--max-rate", "200kB", "--min-throughput", "1GB", "--deadline", "150s"])
+        .args(&["--no-throttle", "--max-rate", "200kB", "--min-throughput", "1GB"])
         .chunk_size("200kB")
         .spawn();
     let started = "EXISTS (SELECT FROM dedup.runs WHERE running_since < now() - interval '50 s')";
@@ -66,6 +66,8 @@ async fn throughput_and_deadline() {
     // Not before there is a minute to judge by.
     assert_eq!(db.one::<i64>("SELECT count(*) FROM dedup.alert_log").await, 0);
     db.wait_until(&firing("throughput")).await;
+    assert_eq!(db.column("SELECT kind FROM dedup.alerts").await, ["throughput"], "it has no deadline");
+    db.exec("SELECT dedup.change_settings(run_id, '{\"alerts\": {\"deadline_seconds\": 150}}') FROM dedup.runs").await;
     db.wait_until(&firing("deadline")).await;
     let severities: Vec<String> = db.column("SELECT severity FROM dedup.alerts").await;
     assert_eq!(severities, ["P1", "P1"]);

@@ -244,3 +244,37 @@ async fn a_restarted_server_is_warmed() {
     assert_eq!(duplicates, 2_000 + 8_000, "the losers of the first run and every new record");
     assert!(pair.target.one::<bool>("SELECT warm FROM dedup.filter_stats()").await);
 }
+
+/// Chunks that were committed, and that a crash of the server took back: the very process that was told so does them again.
+#[tokio::test(flavor = "multi_thread")]
+async fn commits_that_were_lost() {
+    let mut pair = Pair::start_with(&["wal_writer_delay = 10s"]).await;
+    pair.both(&narrow_table("public.records")).await;
+    pair.source.exec(&narrow_rows("public.records", 1, 20_000, "n", &Content::RepeatsFar)).await;
+    let process = pair
+        .run(&["public.records"])
+        .workers(1)
+        .chunk_size("50kB")
+        .args(&["--lease-seconds", "10", "--max-rate", "200kB"])
+        .spawn();
+    let verified = "SELECT count(*) FROM dedup.checkpoints WHERE status = 'verified'";
+    let mut lost = 0;
+    for _ in 0..6 {
+        let before: i64 = pair.target.one(verified).await;
+        pair.target.wait_until(&format!("({verified}) > {before}")).await;
+        // Nothing flushes the commit but what other sessions commit.
+        let told: i64 = pair.target.one(verified).await;
+        pair.target_cluster.stop(Stop::Immediate);
+        pair.target_cluster.start_again();
+        pair.reconnect_target().await;
+        lost += told - pair.target.one::<i64>(verified).await;
+        if lost > 0 {
+            break;
+        }
+    }
+    assert!(lost > 0, "no commit was lost");
+    pair.target.exec("SELECT dedup.set_rate(run_id, 100000000) FROM dedup.runs").await;
+    let output = process.finish().await;
+    assert_eq!(output.code, Some(exit::DONE), "{}", output.describe());
+    assert_first_run(&pair.source, &pair.target, &RECORDS).await;
+}
