@@ -488,6 +488,11 @@ BEGIN
         IF NEW.verdict = 'open' OR (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN
             RETURN NEW;
         END IF;
+    ELSIF OLD.verdict = 'open' AND NEW.verdict = 'clean' AND NEW.sample = 1 AND (OLD.settled_at IS NULL OR EXISTS (
+            SELECT FROM dedup.checkpoints AS c LEFT JOIN dedup.reconciled_chunks AS k ON k.reconciliation_id = NEW.reconciliation_id AND k.chunk_id = c.chunk_id
+            WHERE c.run_id = NEW.run_id AND (k.missing_count + k.changed_count + k.extra_count + k.surviving_duplicate_count = 0) IS NOT TRUE)) THEN
+        RAISE EXCEPTION 'pass % has not found every chunk of the run right', NEW.reconciliation_id USING ERRCODE = 'object_not_in_prerequisite_state',
+            HINT = 'dedup.close_reconcile gives the verdict when every chunk is compared.';
     ELSIF OLD.verdict = 'open' OR (NEW.verdict, NEW.run_id, NEW.is_strict, NEW.sample, NEW.reconciliation_id) = (OLD.verdict, OLD.run_id, OLD.is_strict, OLD.sample, OLD.reconciliation_id)
         AND (OLD.released_by IS NULL OR NEW.released_by = OLD.released_by) THEN
         RETURN NEW;
@@ -498,6 +503,18 @@ END $$;
 COMMENT ON FUNCTION dedup.keep_verdict() IS 'trigger: a verdict is given once, and a mismatch is not forgotten';
 CREATE TRIGGER keep_verdict BEFORE INSERT OR UPDATE OR DELETE ON dedup.reconciliations FOR EACH ROW EXECUTE FUNCTION dedup.keep_verdict();
 ALTER TABLE dedup.reconciliations ENABLE ALWAYS TRIGGER keep_verdict;
+CREATE FUNCTION dedup.keep_verdicts() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF EXISTS (SELECT FROM dedup.reconciliations AS x WHERE x.holds IS NOT NULL) THEN
+        RAISE EXCEPTION 'mismatches of halted runs are not released' USING ERRCODE = 'object_not_in_prerequisite_state',
+            HINT = 'Mend the targets and reconcile the runs again.';
+    END IF;
+    RETURN NULL;
+END $$;
+COMMENT ON FUNCTION dedup.keep_verdicts() IS 'trigger: mismatches are not forgotten all at once either';
+CREATE TRIGGER keep_verdicts BEFORE TRUNCATE ON dedup.reconciliations FOR EACH STATEMENT EXECUTE FUNCTION dedup.keep_verdicts();
+ALTER TABLE dedup.reconciliations ENABLE ALWAYS TRIGGER keep_verdicts;
+COMMENT ON TRIGGER keep_verdicts ON dedup.reconciliations IS 'mismatches are not forgotten all at once either';
 COMMENT ON TRIGGER keep_verdict ON dedup.reconciliations IS 'a verdict is given once';
 
 CREATE TABLE dedup.sampled_keys (

@@ -130,7 +130,7 @@ DECLARE
     name text;
     value jsonb;
 BEGIN
-    FOREACH name IN ARRAY '{target_sessions,target_connections,replication_lag,wal_position,wal_room,disk_room,query}'::text[] LOOP
+    FOREACH name IN ARRAY '{target_sessions,target_connections,replication_lag,wal_position,wal_room,wal_kept,disk_room,query}'::text[] LOOP
         BEGIN
             value := CASE name
                 WHEN 'target_sessions' THEN dedup.other_sessions()
@@ -138,6 +138,7 @@ BEGIN
                 WHEN 'replication_lag' THEN dedup.replication_lag()
                 WHEN 'wal_position' THEN to_jsonb(pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0'))
                 WHEN 'wal_room' THEN to_jsonb(pg_size_bytes(current_setting('max_wal_size')))
+                WHEN 'wal_kept' THEN dedup.wal_kept()
                 WHEN 'disk_room' THEN (SELECT jsonb_build_object('place', d.place, 'free_bytes', d.free_bytes, 'total_bytes', d.total_bytes)
                                        FROM dedup.disk_space() AS d ORDER BY d.free_bytes - least(d.total_bytes / 20, 10000000000) LIMIT 1)
                 WHEN 'query' THEN dedup.throttle_query(run)
@@ -169,6 +170,21 @@ LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
     FROM pg_stat_replication AS s WHERE s.state IS NULL OR s.state = 'streaming'
 $$;
 COMMENT ON FUNCTION dedup.replication_lag() IS 'seconds that the slowest standby replays behind; null: there is none';
+
+-- What a standby that is away, or an archiver that fails, keeps of the WAL fills the disk however slowly it is written.
+CREATE FUNCTION dedup.wal_kept() RETURNS jsonb
+LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+    WITH here AS (SELECT pg_current_wal_insert_lsn() AS lsn, pg_size_bytes(current_setting('wal_segment_size')) AS segment),
+    archived AS (
+        -- Name of a segment: timeline, then two numbers whose digits are the segment's.
+        SELECT (('x' || substr(a.last_archived_wal, 9, 8))::bit(32)::bigint * (4294967296 / h.segment) + ('x' || substr(a.last_archived_wal, 17, 8))::bit(32)::bigint) * h.segment AS position
+        FROM pg_stat_archiver AS a CROSS JOIN here AS h WHERE current_setting('archive_mode') <> 'off' AND a.last_archived_wal ~ '^[0-9A-F]{24}$'
+    ), kept AS (
+        SELECT greatest(0, (SELECT max(pg_wal_lsn_diff(h.lsn, s.restart_lsn)) FROM pg_replication_slots AS s), (SELECT pg_wal_lsn_diff(h.lsn, '0/0') - a.position FROM archived AS a))::float8 AS bytes FROM here AS h
+    )
+    SELECT to_jsonb(round((k.bytes / greatest(1, k.bytes + (SELECT min(d.free_bytes) FROM dedup.disk_space() AS d WHERE d.place = 'pg_wal')))::numeric, 6)) FROM kept AS k
+$$;
+COMMENT ON FUNCTION dedup.wal_kept() IS 'WAL that replication slots or the archiver keep, as a part of itself and the room that is left on its disk';
 
 -- SQL stored with a run is executed as its owner only.
 CREATE FUNCTION dedup.throttle_query(run uuid) RETURNS jsonb

@@ -13,8 +13,8 @@ CREATE FUNCTION dedup.reopen_orphans(run uuid, OUT own_chunks bigint, OUT other_
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     -- Own ones first: what they write may be what the others miss.
-    -- A halted run stays so: its reconciliation finds what it misses, its repair writes it.
-    WITH lost AS MATERIALIZED (SELECT o.run_id, o.chunk_id FROM dedup.orphans(run) AS o JOIN dedup.runs AS r USING (run_id) WHERE r.status <> 'halted'),
+    -- A halted run stays so: its reconciliation finds what it misses, its repair writes it. One that is purged can't be gone on with.
+    WITH lost AS MATERIALIZED (SELECT o.run_id, o.chunk_id FROM dedup.orphans(run) AS o JOIN dedup.runs AS r USING (run_id) WHERE r.status <> 'halted' AND r.purged_at IS NULL),
     next AS (SELECT * FROM lost WHERE lost.run_id = run OR NOT EXISTS (SELECT FROM lost AS own WHERE own.run_id = run)),
     opened AS (UPDATE dedup.checkpoints AS c SET status = 'pending', attempts = 0, not_before = NULL, written_at = NULL
                FROM next WHERE c.run_id = next.run_id AND c.chunk_id = next.chunk_id AND c.status = 'verified' RETURNING c.run_id)

@@ -29,6 +29,23 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION dedup.set_bake_in(uuid, timestamptz) IS 'until when a run can be rolled back, as long as it can';
 
+-- Nothing goes of a run that is open, halted or not archived as it ended.
+CREATE FUNCTION dedup.why_kept(run uuid) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT CASE WHEN r.status NOT IN ('done', 'reconciled', 'rolled_back', 'cancelled') THEN format('the run is %s', r.status)
+                WHEN EXISTS (SELECT FROM dedup.reconciliations AS c WHERE c.run_id = run AND c.verdict = 'open') THEN 'it is being reconciled'
+                WHEN NOT EXISTS (SELECT FROM dedup.archives AS a WHERE a.run_id = run AND a.began_at >= dedup.ended_at(run)) THEN 'it is not archived: pg-dedup-migrate report RUN --archive DIR' END
+    FROM dedup.run_row(run) AS r
+$$;
+COMMENT ON FUNCTION dedup.why_kept(uuid) IS 'why nothing of a run may be purged; null: what is old enough may';
+
+CREATE FUNCTION dedup.ended_at(run uuid) RETURNS timestamptz
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT greatest(r.finished_at, (SELECT max(b.finished_at) FROM dedup.rollbacks AS b WHERE b.run_id = run), (SELECT max(c.finished_at) FROM dedup.reconciliations AS c WHERE c.run_id = run))
+    FROM dedup.runs AS r WHERE r.run_id = run
+$$;
+COMMENT ON FUNCTION dedup.ended_at(uuid) IS 'when the last thing happened to a run: its end, a rollback, a reconciliation';
+
 -- What is old enough to go, run by run; why it stays, where it does.
 CREATE FUNCTION dedup.purgeable(reconciliations interval DEFAULT '7 days', history interval DEFAULT '90 days', archives interval DEFAULT '1 year',
     OUT run_id uuid, OUT what text, OUT rows bigint, OUT kept_because text) RETURNS SETOF record
@@ -41,12 +58,8 @@ DECLARE
 BEGIN
     FOR r IN SELECT * FROM dedup.runs AS x ORDER BY x.created_at LOOP
         run_id := r.run_id;
-        -- All that happened to a run has to be in its archive.
-        ended := greatest(r.finished_at, (SELECT max(b.finished_at) FROM dedup.rollbacks AS b WHERE b.run_id = r.run_id),
-                          (SELECT max(c.finished_at) FROM dedup.reconciliations AS c WHERE c.run_id = r.run_id));
-        why := CASE WHEN r.status NOT IN ('done', 'reconciled', 'rolled_back', 'cancelled') THEN format('the run is %s', r.status)
-                    WHEN EXISTS (SELECT FROM dedup.reconciliations AS c WHERE c.run_id = r.run_id AND c.verdict = 'open') THEN 'it is being reconciled'
-                    WHEN NOT EXISTS (SELECT FROM dedup.archives AS a WHERE a.run_id = r.run_id AND a.began_at >= ended) THEN 'it is not archived: pg-dedup-migrate report RUN --archive DIR' END;
+        ended := dedup.ended_at(r.run_id);
+        why := dedup.why_kept(r.run_id);
 
         what := 'reconciliations';
         rows := (SELECT count(*) FROM dedup.divergences AS d WHERE d.run_id = r.run_id)
@@ -91,7 +104,16 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     part record;
     gone bigint;
+    why text := dedup.why_kept(run);
+    r dedup.runs := dedup.run_row(run);
 BEGIN
+    -- Called by hand it is as careful.
+    why := CASE WHEN what = 'archives' THEN NULL WHEN why IS NOT NULL THEN why
+                WHEN what = 'history' AND r.purged_at IS NULL THEN 'dedup.purge begins with it'
+                WHEN what = 'before_images' AND NOT coalesce(r.bake_in_until < clock_timestamp(), false) THEN 'it can be rolled back' END;
+    IF why IS NOT NULL THEN
+        RAISE EXCEPTION 'nothing of run % may be purged', run USING ERRCODE = 'object_not_in_prerequisite_state', DETAIL = why;
+    END IF;
     FOR part IN
         SELECT p.name, p.mine FROM (VALUES
             (1, 'reconciliations', 'divergences', 'x.run_id = $1'),

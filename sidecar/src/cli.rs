@@ -35,7 +35,7 @@ pub enum LogFormat {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Plan a run and work on it, or go on with one (--resume)
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Join a run from another process or host
     Work(WorkArgs),
     /// Compare the sources of a run with its targets, record by record; a run with mismatches is halted

@@ -523,7 +523,7 @@ mod tests {
     fn run_args(flags: &[&str]) -> RunArgs {
         let cli = Cli::try_parse_from(["x", "run"].iter().chain(flags)).unwrap();
         let Command::Run(args) = cli.command else { panic!("not a run") };
-        args
+        *args
     }
 
     #[test]

@@ -74,13 +74,21 @@ pub struct Thresholds {
     pub connections: f64,
     /// Seconds in which WAL may fill `max_wal_size`, at least.
     pub wal_seconds: f64,
+    /// Part of its disk's room that WAL may take which slots or the archiver keep.
+    pub wal_kept: f64,
     /// Seconds that the source's oldest snapshot may be old.
     pub snapshot_age: f64,
 }
 
 impl Default for Thresholds {
     fn default() -> Thresholds {
-        Thresholds { replication_lag: 10.0, connections: 0.9, wal_seconds: 5.0, snapshot_age: 3600.0 }
+        Thresholds {
+            replication_lag: 10.0,
+            connections: 0.9,
+            wal_seconds: 5.0,
+            wal_kept: 0.5,
+            snapshot_age: 3600.0,
+        }
     }
 }
 
@@ -117,6 +125,9 @@ pub fn verdicts(
         // There only if it failed.
         above(&format!("{side}_probe"), f64::INFINITY, &|_| String::new());
     }
+    above("wal_kept", thresholds.wal_kept, &|part| {
+        format!("WAL that slots or the archiver keep takes {:.0} % of its disk's room", part * 100.0)
+    });
     above("snapshot_age", thresholds.snapshot_age, &|age| {
         format!("the source's oldest snapshot is {:.0} min old", age / 60.0)
     });
@@ -184,7 +195,7 @@ mod tests {
         let quiet = latency(1.0, 1.0);
         assert_eq!(told(&json!({"replication_lag": null, "query": null}), &quiet), [""; 0]);
         let bad = told(
-            &json!({"replication_lag": {"unknown": "denied"}, "query": 1, "wal_room": 2e6, "target_connections": 0.95, "target_probe": {"unknown": "read only"}}),
+            &json!({"replication_lag": {"unknown": "denied"}, "query": 1, "wal_room": 2e6, "target_connections": 0.95, "target_probe": {"unknown": "read only"}, "wal_kept": 0.6}),
             &quiet,
         );
         assert_eq!(
@@ -193,6 +204,7 @@ mod tests {
                 "replication lag can't be read: denied",
                 "95 % of the target's connections are taken",
                 "target probe can't be read: read only",
+                "WAL that slots or the archiver keep takes 60 % of its disk's room",
                 "the throttle query says 1",
                 "WAL fills max_wal_size in 2.0 s"
             ]

@@ -67,7 +67,10 @@ async fn throughput_and_deadline() {
     assert_eq!(db.one::<i64>("SELECT count(*) FROM dedup.alert_log").await, 0);
     db.wait_until(&firing("throughput")).await;
     assert_eq!(db.column("SELECT kind FROM dedup.alerts").await, ["throughput"], "it has no deadline");
-    db.exec("SELECT dedup.change_settings(run_id, '{\"alerts\": {\"deadline_seconds\": 150}}') FROM dedup.runs").await;
+    db.exec(
+        "SELECT dedup.change_settings(run_id, '{\"alerts\": {\"deadline_seconds\": 150}}') FROM dedup.runs",
+    )
+    .await;
     db.wait_until(&firing("deadline")).await;
     let severities: Vec<String> = db.column("SELECT severity FROM dedup.alerts").await;
     assert_eq!(severities, ["P1", "P1"]);

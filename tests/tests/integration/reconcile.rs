@@ -176,6 +176,13 @@ async fn a_mismatch_holds_the_run() {
         ("UPDATE dedup.reconciliations SET verdict = 'abandoned'".to_owned(), "55000"),
         ("UPDATE dedup.reconciliations SET verdict = 'clean'".to_owned(), "55000"),
         ("DELETE FROM dedup.reconciliations".to_owned(), "55000"),
+        ("TRUNCATE dedup.reconciliations CASCADE".to_owned(), "55000"),
+        (
+            format!(
+                "INSERT INTO dedup.reconciliations (run_id, last_ordinal, settled_at) VALUES ('{run}', 0, now()); UPDATE dedup.reconciliations SET verdict = 'clean' WHERE verdict = 'open'"
+            ),
+            "55000",
+        ),
         ("UPDATE dedup.reconciliations SET released_by = reconciliation_id".to_owned(), "23514"),
         ("UPDATE dedup.reconciliations SET released_by = reconciliation_id + 1".to_owned(), "23503"),
     ] {

@@ -209,12 +209,9 @@ async fn nothing_is_written() {
     ] {
         assert!(text.contains(part), "{part} in\n{text}");
     }
-    for flags in [
-        &["--sample", "0.5"][..],
-        &["--deadline", "1h"],
-        &["--dry-run", "--sample", "0"],
-        &["--dry-run", "--resume", "last"],
-    ] {
+    for flags in
+        [&["--sample", "0.5"][..], &["--dry-run", "--sample", "0"], &["--dry-run", "--resume", "last"]]
+    {
         pair.run(&["public.items"]).args(flags).exits(exit::USAGE).await;
     }
 }

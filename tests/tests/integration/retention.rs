@@ -49,6 +49,10 @@ async fn only_what_is_over_and_archived() {
     let before = rows(&pair).await;
     let told = purge_all(&pair, &[]).await;
     assert!(told.contains("stays: the run is halted") && !told.contains("went"), "{told}");
+    for what in ["reconciliations", "before_images", "history"] {
+        let by_hand = format!("SELECT dedup.purge_batch(run_id, '{what}', '0 s') FROM dedup.runs");
+        assert_eq!(db.fails(&by_hand).await.0, "55000", "{what}");
+    }
     pair.repair().exits(exit::LEFT_ASIDE).await;
     // The archive does not have the repair.
     let told = purge_all(&pair, &[]).await;

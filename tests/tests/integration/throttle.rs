@@ -165,3 +165,18 @@ async fn not_slowed_before_signals_are_there() {
     let output = pair.throttled_run(&["public.items"]).exits(exit::DONE).await;
     assert!(!output.describe().contains("can't be read"), "{}", output.describe());
 }
+
+/// What a slot whose standby is away keeps of the WAL is a signal, as a part of the disk's room.
+#[tokio::test(flavor = "multi_thread")]
+async fn wal_that_slots_keep() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    let kept = "SELECT dedup.wal_kept()::float8";
+    assert_eq!(db.one::<f64>(kept).await, 0.0);
+    db.exec("SELECT pg_create_physical_replication_slot('away', true); CREATE TABLE public.much AS SELECT repeat('x', 1000) FROM generate_series(1, 20000)").await;
+    let now: f64 = db.one(kept).await;
+    assert!(now > 0.0 && now < 0.5, "{now}");
+    let told: f64 =
+        db.one("SELECT (dedup.target_signals(dedup.create_run('r')) ->> 'wal_kept')::float8").await;
+    assert!(told >= now, "{told}");
+}
