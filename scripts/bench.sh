@@ -3,7 +3,7 @@
 #
 #   scripts/bench.sh                     everything, the table goes to BENCHMARKS.md
 #   BENCH_ROWS=100000 scripts/bench.sh   a small one to see that it works; the table goes to .bench/BENCHMARKS.md
-#   BENCH_PARTS="narrow chunks"          only these of: narrow wide claim chunks
+#   BENCH_PARTS="narrow chunks"          only these of: narrow wide claim chunks foreground
 #   BENCH_ROUNDS=1                       how often each side runs (default 3)
 #   BENCH_KEEP=1                         leave the clusters running in the end
 #
@@ -14,6 +14,7 @@ cd "$(dirname "$0")/.."
 . scripts/cluster.sh
 . scripts/bench/sides.sh
 . scripts/bench/report.sh
+. scripts/bench/foreground.sh
 
 FULL_ROWS=2000000
 ROWS=${BENCH_ROWS:-$FULL_ROWS}
@@ -208,13 +209,14 @@ main() {
     local part
     for part in $PARTS; do
         case $part in
-        narrow | chunks) [ -n "$(results narrow.rows)" ] || load_source narrow "$ROWS" ;;
+        narrow | chunks | foreground) [ -n "$(results narrow.rows)" ] || load_source narrow "$ROWS" ;;
         wide) load_source wide "$DOCUMENTS" ;;
         esac
         case $part in
         narrow | wide) bench_shape "$part" ;;
         claim) bench_claim ;;
         chunks) bench_chunks ;;
+        foreground) bench_foreground ;;
         *) die "there is no part $part" ;;
         esac
     done

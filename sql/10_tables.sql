@@ -38,6 +38,7 @@ CREATE TABLE dedup.runs (
     finished_at      timestamptz,
     bake_in_until    timestamptz,
     purged_at        timestamptz,
+    checked_at       timestamptz,
     is_held          bool NOT NULL GENERATED ALWAYS AS (status IN ('halted', 'rolling_back', 'rolled_back')) STORED,
     UNIQUE (run_id, is_held)
 ) WITH (fillfactor = 70);
@@ -55,6 +56,7 @@ COMMENT ON COLUMN dedup.runs.running_since IS 'while it is running: since when';
 COMMENT ON COLUMN dedup.runs.finished_at IS 'when its last chunk was verified or given up';
 COMMENT ON COLUMN dedup.runs.bake_in_until IS 'until when it can be rolled back';
 COMMENT ON COLUMN dedup.runs.purged_at IS 'when its checkpoints, ledger and events began to be purged: since then it can only be named';
+COMMENT ON COLUMN dedup.runs.checked_at IS 'when its alerts were last brought up to date';
 COMMENT ON COLUMN dedup.runs.is_held IS 'halted, or on its way out: what mismatches that are not released ask for';
 
 -- ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ DECLARE
     attempts record;
     silence record;
     place record;
-    floor_bytes bigint := dedup.disk_floor(run);
 BEGIN
     SELECT * INTO s FROM dedup.slis AS x WHERE x.run_id = run;
 
@@ -32,10 +31,10 @@ BEGIN
 
     kind := 'disk_headroom'; severity := 'P1';
     IF r.status IN ('running', 'paused') THEN
-        FOR place IN SELECT d.place, d.free_bytes, least(floor_bytes, d.total_bytes / 50) AS least_bytes FROM dedup.disk_space() AS d
-                     WHERE d.free_bytes < CASE WHEN settings ? 'disk_floor' THEN floor_bytes ELSE least(floor_bytes, d.total_bytes / 50) END
-                     ORDER BY d.free_bytes LIMIT 1 LOOP
-            value := place.free_bytes; threshold := CASE WHEN settings ? 'disk_floor' THEN floor_bytes ELSE place.least_bytes END;
+        FOR place IN SELECT d.place, d.free_bytes, f.least_bytes
+                     FROM dedup.disk_space() AS d CROSS JOIN LATERAL (SELECT coalesce((settings ->> 'disk_floor')::bigint, least(10000000000, d.total_bytes / 50)) AS least_bytes) AS f
+                     WHERE d.free_bytes < f.least_bytes ORDER BY d.free_bytes LIMIT 1 LOOP
+            value := place.free_bytes; threshold := place.least_bytes;
             message := format('%s has %s free: no further chunk is begun', place.place, pg_size_pretty(place.free_bytes));
             look_at := format('SELECT * FROM dedup.disk_space(); make room, then SELECT dedup.resume_run(%L)', run);
             RETURN NEXT;
@@ -68,11 +67,17 @@ BEGIN
         RETURN NEXT;
     END IF;
 
-    kind := 'failing'; severity := 'P1'; threshold := dedup.failure_limit(run);
+    kind := 'failing'; severity := 'P1'; threshold := coalesce((settings ->> 'failure_limit')::float8, 0.5);
     IF r.status IN ('running', 'paused') AND attempts.failed >= 10 AND value > threshold THEN
         message := format('%s of %s attempts at chunks failed in the last ten minutes: no further chunk is begun', attempts.failed, attempts.ended);
         look_at := format('SELECT chunk_id, detail FROM dedup.events WHERE run_id = %L AND kind IN (''chunk_failed'', ''chunk_retried'') ORDER BY at DESC LIMIT 20; then SELECT dedup.resume_run(%L)', run, run);
         RETURN NEXT;
+    ELSIF r.status = 'paused' THEN
+        -- As long as it rests for that, however long ago it was.
+        SELECT a.value, a.message, a.look_at INTO value, message, look_at FROM dedup.alert_log AS a WHERE a.run_id = run AND a.kind = 'failing' AND a.cleared_at IS NULL;
+        IF FOUND THEN
+            RETURN NEXT;
+        END IF;
     END IF;
 
     kind := 'worker_lost'; severity := 'P2';
@@ -104,22 +109,12 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION dedup.alert_conditions(uuid) IS 'what is wrong with a run now';
 
-CREATE FUNCTION dedup.disk_floor(run uuid) RETURNS bigint
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
-AS $$ SELECT coalesce((r.options #>> '{settings,alerts,disk_floor}')::bigint, 10000000000) FROM dedup.runs AS r WHERE r.run_id = run $$;
-COMMENT ON FUNCTION dedup.disk_floor(uuid) IS 'bytes that must stay free on every file system of the target; unless the run says so, a fiftieth of a small one is enough';
-
-CREATE FUNCTION dedup.failure_limit(run uuid) RETURNS float8
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
-AS $$ SELECT coalesce((r.options #>> '{settings,alerts,failure_limit}')::float8, 0.5) FROM dedup.runs AS r WHERE r.run_id = run $$;
-COMMENT ON FUNCTION dedup.failure_limit(uuid) IS 'part of the attempts at chunks that may fail before the run stops itself';
-
 CREATE FUNCTION dedup.rough(seconds float8) RETURNS text
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$ SELECT make_interval(secs => ceil(seconds))::text $$;
 COMMENT ON FUNCTION dedup.rough(float8) IS 'a duration in whole seconds';
 
 -- Brings dedup.alerts up to date and tells who listens. What endangers the target or goes nowhere pauses the run.
-CREATE FUNCTION dedup.check_alerts(run uuid DEFAULT NULL) RETURNS bigint
+CREATE FUNCTION dedup.check_alerts(run uuid DEFAULT NULL, unless_within interval DEFAULT '0 s') RETURNS bigint
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     r dedup.runs;
@@ -130,9 +125,11 @@ DECLARE
 BEGIN
     FOR r IN SELECT * FROM dedup.runs AS x WHERE (check_alerts.run IS NULL OR x.run_id = check_alerts.run)
              AND (x.status IN ('created', 'running', 'paused', 'failed', 'halted') OR EXISTS (SELECT FROM dedup.alert_log AS a WHERE a.run_id = x.run_id AND a.cleared_at IS NULL))
+             AND (x.checked_at IS NULL OR x.checked_at <= clock_timestamp() - unless_within)
              -- One at a time, and nobody waits: whoever holds it checks, or changes what there is to check.
              FOR NO KEY UPDATE SKIP LOCKED LOOP
         kinds := '{}';
+        UPDATE dedup.runs AS x SET checked_at = clock_timestamp() WHERE x.run_id = r.run_id;
         FOR seen IN SELECT * FROM dedup.alert_conditions(r.run_id) LOOP
             kinds := kinds || seen.kind;
             UPDATE dedup.alert_log AS a SET value = seen.value, threshold = seen.threshold, message = seen.message, look_at = seen.look_at
@@ -154,7 +151,7 @@ BEGIN
     END LOOP;
     RETURN firing;
 END $$;
-COMMENT ON FUNCTION dedup.check_alerts(uuid) IS 'brings dedup.alerts up to date for a run, or all, and notifies channel dedup_alerts of changes; pauses a run whose target runs out of disk or whose chunks keep failing; workers call it every few seconds, cron may; returns how many fire';
+COMMENT ON FUNCTION dedup.check_alerts(uuid, interval) IS 'brings dedup.alerts up to date for a run, or all, unless somebody has a moment ago, and notifies channel dedup_alerts of changes; pauses a run whose target runs out of disk or whose chunks keep failing; workers call it every few seconds, cron may; returns how many fire';
 
 CREATE FUNCTION dedup.tell_alert(run uuid, kind text, severity text, state text, message text) RETURNS void
 LANGUAGE sql SET search_path = pg_catalog, pg_temp

@@ -73,7 +73,7 @@ impl Observation {
 
     /// A last look, so that what is over is told so.
     pub async fn end(self) {
-        if let Err(error) = self.probe.check_alerts().await {
+        if let Err(error) = self.probe.check_alerts(Duration::ZERO).await {
             tracing::debug!("alerts: {error}");
         }
     }
@@ -91,7 +91,7 @@ async fn watch(probe: Arc<Probe>) {
     let mut known = BTreeMap::new();
     let mut failing = false;
     loop {
-        match probe.check_alerts().await {
+        match probe.check_alerts(CHECK * 2 / 3).await {
             Ok(firing) => {
                 failing = false;
                 for (kind, told) in firing.iter().filter(|(kind, _)| !known.contains_key(*kind)) {

@@ -44,14 +44,17 @@ impl Probe {
         Probe { target, run, inner: Mutex::default() }
     }
 
-    /// Brings the run's alerts up to date; answers those that fire, in words, by kind.
-    pub async fn check_alerts(&self) -> Result<BTreeMap<String, String>> {
+    /// Brings the run's alerts up to date, unless somebody has a moment ago; answers those that fire, in words, by kind.
+    pub async fn check_alerts(&self, unless_within: Duration) -> Result<BTreeMap<String, String>> {
         let doing = "looking at the alerts";
         let mut inner = self.inner.lock().await;
         let session = inner.session(&self.target).await?;
         session
             .client
-            .execute("SELECT dedup.check_alerts($1::uuid)", &[&self.run])
+            .execute(
+                "SELECT dedup.check_alerts($1::uuid, pg_catalog.make_interval(secs => $2::float8))",
+                &[&self.run, &unless_within.as_secs_f64()],
+            )
             .await
             .at(Side::Target, doing)?;
         let rows = session

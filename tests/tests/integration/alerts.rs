@@ -171,8 +171,8 @@ async fn a_lost_worker() {
 async fn an_overfull_filter() {
     let pair = Pair::start_with(&["pg_dedup_migrate.filter_size = 1MB"]).await;
     pair.both("CREATE TABLE public.items (id int PRIMARY KEY, n int)").await;
-    pair.source.exec("INSERT INTO public.items SELECT n, n FROM generate_series(1, 1200000) AS n; ANALYZE public.items").await;
-    let process = pair.run(&["public.items"]).args(&["--max-rate", "4MB"]).chunk_size("500kB").spawn();
+    pair.source.exec("INSERT INTO public.items SELECT n, n FROM generate_series(1, 2000000) AS n; ANALYZE public.items").await;
+    let process = pair.run(&["public.items"]).args(&["--max-rate", "1MB"]).chunk_size("500kB").spawn();
     pair.target.wait_until(&firing("filter_overfull")).await;
     pair.target.exec("SELECT dedup.set_rate(run_id, 100000000) FROM dedup.runs").await;
     assert_eq!(process.finish().await.code, Some(exit::DONE));

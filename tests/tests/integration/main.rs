@@ -13,6 +13,7 @@ mod migrate;
 mod names;
 mod observe;
 mod pauses;
+mod privileges;
 mod protocol;
 mod quarantine;
 mod reconcile;

@@ -1,0 +1,73 @@
+# What a run costs those who are at work on source and target meanwhile: pgbench's latencies, quiet, beside a run, and beside a throttled one.
+# Sourced by scripts/bench.sh.
+
+# Transactions a second that the load generator makes on each server, with two clients.
+FOREGROUND_RATE=100
+
+foreground_prepare() {
+    local name
+    for name in source target; do
+        cluster_psql "$name" -d postgres -c 'DROP DATABASE IF EXISTS foreground WITH (FORCE)' -c 'CREATE DATABASE foreground' 2>/dev/null
+        as_cluster_owner "$CLUSTER_BIN/pgbench" -h "$CLUSTER_HOME/$name/socket" -p "$(cluster_port "$name")" -U postgres -i -q -s 10 foreground >/dev/null 2>&1
+    done
+}
+
+# foreground_p95 KIND SECONDS: records the 95th percentile of both servers' latencies, in ms: look-ups on the source, writes on the target.
+foreground_p95() {
+    local kind=$1 seconds=$2 name logs
+    logs=$(as_cluster_owner mktemp -d /tmp/pg-dedup-foreground-XXXXXX)
+    for name in source target; do
+        local script=(-S)
+        [ "$name" = source ] || script=(-N)
+        as_cluster_owner "$CLUSTER_BIN/pgbench" -h "$CLUSTER_HOME/$name/socket" -p "$(cluster_port "$name")" -U postgres -n "${script[@]}" \
+            -c 2 -R "$FOREGROUND_RATE" -T "$seconds" -l --log-prefix "$logs/$name" foreground >/dev/null 2>&1 &
+    done
+    wait
+    for name in source target; do
+        # client, transaction, latency in µs, …; the schedule's lag is part of what somebody waits.
+        record "foreground.$name.$kind" "$(cat "$logs/$name".* | awk '{print $3 / 1000}' | sort -g | awk '{v[NR] = $1} END {print v[int(NR * 0.95)]}')"
+    done
+    rm -rf "$logs"
+    say "foreground, $kind: source $(results "foreground.source.$kind" | tail -n 1) ms, target $(results "foreground.target.$kind" | tail -n 1) ms"
+}
+
+# foreground_beside KIND SECONDS FLAG…: the same beside a run, and how fast that moves.
+foreground_beside() {
+    local kind=$1 seconds=$2 pid before after
+    shift 2
+    fresh_target dedup narrow
+    side_dedup narrow --workers 2 "$@" >"$BENCH_DIR/log" 2>&1 &
+    pid=$!
+    cluster_wait_for_chunk
+    before=$(cluster_read_bytes)
+    ( foreground_p95 "$kind" "$seconds" )
+    after=$(cluster_read_bytes)
+    record "foreground.rate.$kind" "$(awk -v a="$after" -v b="$before" -v s="$seconds" 'BEGIN {print (a - b) / 1e6 / s}')"
+    say "foreground, $kind: the run reads $(results "foreground.rate.$kind" | tail -n 1) MB/s"
+    pkill -INT -f "$SIDECAR run" || true
+    wait "$pid" || true
+}
+
+cluster_read_bytes() {
+    cluster_psql target -d bench -At -c 'SELECT coalesce(sum(read_bytes), 0) FROM dedup.processes'
+}
+
+cluster_wait_for_chunk() {
+    local tries
+    for tries in $(seq 100); do
+        [ "$(cluster_psql target -d bench -At -c "SELECT count(*) FROM dedup.checkpoints WHERE written_at IS NOT NULL" 2>/dev/null || echo 0)" = 0 ] || return 0
+        sleep 0.1
+    done
+}
+
+# Quiet, beside a run that pays no heed, beside one that does, and quiet again.
+bench_foreground() {
+    local seconds=${FOREGROUND_SECONDS:-6}
+    foreground_prepare
+    ( foreground_p95 warm 5 )
+    ( foreground_p95 quiet "$seconds" )
+    foreground_beside unthrottled "$seconds" --no-throttle
+    ( foreground_p95 quiet "$seconds" )
+    foreground_beside throttled $((seconds * 3))
+    ( foreground_p95 quiet "$seconds" )
+}
