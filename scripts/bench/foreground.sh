@@ -36,7 +36,7 @@ foreground_beside() {
     local kind=$1 seconds=$2 pid before after
     shift 2
     fresh_target dedup narrow
-    side_dedup narrow --workers 2 "$@" >"$BENCH_DIR/log" 2>&1 &
+    side_dedup narrow "$@" >"$BENCH_DIR/log" 2>&1 &
     pid=$!
     cluster_wait_for_chunk
     before=$(cluster_read_bytes)
@@ -66,7 +66,8 @@ bench_foreground() {
     foreground_prepare
     ( foreground_p95 warm 5 )
     ( foreground_p95 quiet "$seconds" )
-    foreground_beside unthrottled "$seconds" --no-throttle
+    # It is over soon.
+    foreground_beside unthrottled 3 --no-throttle
     ( foreground_p95 quiet "$seconds" )
     foreground_beside throttled $((seconds * 3))
     ( foreground_p95 quiet "$seconds" )
