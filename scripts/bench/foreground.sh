@@ -31,44 +31,34 @@ foreground_p95() {
     say "foreground, $kind: source $(results "foreground.source.$kind" | tail -n 1) ms, target $(results "foreground.target.$kind" | tail -n 1) ms"
 }
 
-# foreground_beside KIND SECONDS FLAG…: the same beside a run, and how fast that moves.
+# foreground_beside KIND SECONDS FLAG…: the same, and a run that begins a second later; how fast that moves.
 foreground_beside() {
-    local kind=$1 seconds=$2 pid before after
+    local kind=$1 seconds=$2 pid
     shift 2
     fresh_target dedup narrow
-    side_dedup narrow "$@" >"$BENCH_DIR/log" 2>&1 &
+    (
+        sleep 1
+        exec_run "$@"
+    ) &
     pid=$!
-    cluster_wait_for_chunk
-    before=$(cluster_read_bytes)
-    ( foreground_p95 "$kind" "$seconds" )
-    after=$(cluster_read_bytes)
-    record "foreground.rate.$kind" "$(awk -v a="$after" -v b="$before" -v s="$seconds" 'BEGIN {print (a - b) / 1e6 / s}')"
+    (foreground_p95 "$kind" "$seconds")
+    record "foreground.rate.$kind" "$(cluster_psql target -d bench -At -c "SELECT sum(read_bytes) / 1e6 / ($seconds - 1) FROM dedup.processes")"
     say "foreground, $kind: the run reads $(results "foreground.rate.$kind" | tail -n 1) MB/s"
-    pkill -INT -f "$SIDECAR run" || true
+    pkill -KILL -f "$SIDECAR run" || true
     wait "$pid" || true
 }
 
-cluster_read_bytes() {
-    cluster_psql target -d bench -At -c 'SELECT coalesce(sum(read_bytes), 0) FROM dedup.processes'
-}
-
-cluster_wait_for_chunk() {
-    local tries
-    for tries in $(seq 100); do
-        [ "$(cluster_psql target -d bench -At -c "SELECT count(*) FROM dedup.checkpoints WHERE written_at IS NOT NULL" 2>/dev/null || echo 0)" = 0 ] || return 0
-        sleep 0.1
-    done
-}
+exec_run() { side_dedup narrow "$@" >"$BENCH_DIR/log" 2>&1; }
 
 # Quiet, beside a run that pays no heed, beside one that does, and quiet again.
 bench_foreground() {
-    local seconds=${FOREGROUND_SECONDS:-6}
+    local seconds=${FOREGROUND_SECONDS:-20}
     foreground_prepare
-    ( foreground_p95 warm 5 )
-    ( foreground_p95 quiet "$seconds" )
+    (foreground_p95 warm 5)
+    (foreground_p95 quiet 8)
     # It is over soon.
-    foreground_beside unthrottled 3 --no-throttle
-    ( foreground_p95 quiet "$seconds" )
-    foreground_beside throttled $((seconds * 3))
-    ( foreground_p95 quiet "$seconds" )
+    foreground_beside unthrottled 5 --no-throttle
+    (foreground_p95 quiet 8)
+    foreground_beside throttled "$seconds"
+    (foreground_p95 quiet 8)
 }

@@ -14,6 +14,7 @@ use crate::observe::phases;
 use crate::protocol::{self, ChunkCalls, Lease};
 use crate::read::ReadChunk;
 use crate::tables::TableWork;
+use crate::throttle::Throttle;
 use crate::write::{Judge, RefusedRow, remove_rows, write_rows};
 
 /// Quarantine calls in flight at once.
@@ -40,12 +41,19 @@ pub struct ChunkContext<'a> {
     pub waited: Duration,
     /// Whether a further attempt is left.
     pub may_retry: bool,
+    /// How fast rows are sent.
+    pub throttle: &'a Throttle,
 }
 
 /// Writes a chunk and commits it. On an error the transaction is still open, or the connection is gone.
 pub async fn write_chunk(context: &ChunkContext<'_>, read: &ReadChunk) -> Result<Books> {
     let started = Instant::now();
-    let calls = ChunkCalls { session: context.target, run: context.run, chunk_id: &context.lease.chunk_id };
+    let calls = ChunkCalls {
+        session: context.target,
+        run: context.run,
+        chunk_id: &context.lease.chunk_id,
+        throttle: Some(context.throttle),
+    };
     let mut fold = Fold::new(&read.batch, context.table.keyless)?;
     let folded = started.elapsed();
 

@@ -8,6 +8,7 @@ use uuid::Uuid;
 use crate::conn::{Session, protocol_error};
 use crate::error::{At, Error, Kind, Policy, Result, Side};
 use crate::source::{Range, RangeKind};
+use crate::throttle::Throttle;
 
 /// A worker's hold on a chunk.
 #[derive(Debug, Clone)]
@@ -212,6 +213,8 @@ pub struct ChunkCalls<'a> {
     pub run: Uuid,
     /// The chunk.
     pub chunk_id: &'a str,
+    /// What writing keeps to; none: nothing.
+    pub throttle: Option<&'a Throttle>,
 }
 
 impl ChunkCalls<'_> {

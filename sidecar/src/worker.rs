@@ -397,6 +397,7 @@ impl Worker {
             deferred_at,
             waited: waiting.elapsed(),
             may_retry: lease.attempt < crew.max_attempts,
+            throttle: &crew.counters.throttle,
         };
         let books = chunk::write_chunk(&context, &read).await;
         if let Ok(books) = &books {

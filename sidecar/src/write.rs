@@ -189,10 +189,12 @@ async fn copy_in(calls: ChunkCalls<'_>, statement: &Statement, batch: &Batch, ro
         sink.feed(Bytes::from_static(pgcopy::header())).await?;
         let (first, second) = rows.split_at(rows.len() / 2);
         for piece in pieces(batch, first) {
+            pace(calls, &piece).await;
             sink.feed(piece).await?;
         }
         failpoint::reach(Failpoint::MiddleOfCopy).await;
         for piece in pieces(batch, second) {
+            pace(calls, &piece).await;
             sink.feed(piece).await?;
         }
         sink.feed(Bytes::from_static(pgcopy::trailer())).await
@@ -203,6 +205,13 @@ async fn copy_in(calls: ChunkCalls<'_>, statement: &Statement, batch: &Batch, ro
     match (finished, sent) {
         (Ok(_), sent) => sent,
         (Err(error), _) => Err(error),
+    }
+}
+
+/// A chunk that was read slowly is written slowly, too: else the target would bear it all at once.
+async fn pace(calls: ChunkCalls<'_>, piece: &Bytes) {
+    if let Some(throttle) = calls.throttle {
+        throttle.pace_writing(piece.len()).await;
     }
 }
 

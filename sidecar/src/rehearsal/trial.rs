@@ -69,7 +69,7 @@ impl Trials {
         let trial = self.of(target, pair, shape).await?;
         let doing = "trying rows";
         target.client.batch_execute(&format!("BEGIN; {GENERIC_PLANS}")).await.at(Side::Target, doing)?;
-        let calls = ChunkCalls { session: target, run: Uuid::nil(), chunk_id: "" };
+        let calls = ChunkCalls { session: target, run: Uuid::nil(), chunk_id: "", throttle: None };
         let mut judge = Budget { left: refused };
         let refused = match write::write_rows(calls, &trial.table, batch, rows, Way::Insert, &mut judge).await
         {

@@ -18,6 +18,10 @@ const COOL_DOWN: u32 = 5;
 const ANOTHER_CHUNK: u32 = 2;
 /// Part of the highest rate seen that the rate rises by.
 const RISE: f64 = 0.05;
+/// So many times the least rate is what a run begins with beside others.
+const GENTLE: f64 = 4.0;
+/// Seconds that it does so at least.
+const GENTLE_SECONDS: u32 = 10;
 /// The rate is lifted when it is so many times what is read.
 const FAR_ABOVE: f64 = 2.0;
 
@@ -106,10 +110,19 @@ pub fn decide(
     }
     .filter(|active| *active < lanes);
     let topped = bounds.most.is_some_and(|most| raised >= most);
-    if active.is_none() && (topped || raised > memory.before && raised > throughput * FAR_ABOVE) {
+    // While it begins gently one second says little: there may be nothing to read in it.
+    let sure = memory.before > 0.0 || good >= COOL_DOWN + GENTLE_SECONDS;
+    if active.is_none() && (topped || sure && raised > memory.before && raised > throughput * FAR_ABOVE) {
         return (Limits::default(), Memory { good, before: memory.before, ..Memory::default() }, State::Free);
     }
     (Limits { rate: Some(raised.min(bounds.most.unwrap_or(f64::MAX))), active }, memory, State::Recovering)
+}
+
+/// Where somebody is at work: from little, doubling until a signal is bad or nothing is held up any more.
+pub fn begin_gently(bounds: Bounds) -> (Limits, Memory, State) {
+    let rate = (bounds.least * GENTLE).min(bounds.most.unwrap_or(f64::MAX));
+    let memory = Memory { good: COOL_DOWN, ..Memory::default() };
+    (Limits { rate: Some(rate), active: Some(1) }, memory, State::Recovering)
 }
 
 fn decrease(
@@ -133,7 +146,8 @@ fn decrease(
     let active = (limits.active.unwrap_or(lanes) / 2).max(1);
     (
         Limits { rate: Some(rate), active: Some(active) },
-        Memory { good: 0, since_decrease: 0, ..memory },
+        // Of a run that began gently that is what it could reach.
+        Memory { good: 0, since_decrease: 0, before: if memory.before > 0.0 { memory.before } else { now } },
         State::Slowed,
     )
 }
@@ -180,10 +194,24 @@ mod tests {
     }
 
     #[test]
-    fn slowed_before_it_read_anything_it_doubles() {
-        let mut at = decide(Limits::default(), Memory::default(), BOUNDS, true, 0.0, 6);
-        assert_eq!(at.0.rate, Some(BOUNDS.least));
+    fn beside_others_it_doubles_until_it_is_told() {
         let able = 200e6;
+        let mut at = begin_gently(BOUNDS);
+        let mut step = |bad: bool| {
+            let throughput = at.0.rate.map_or(able, |rate| rate.min(able));
+            at = decide(at.0, at.1, BOUNDS, bad, throughput, 6);
+            at
+        };
+        let rates: Vec<Option<f64>> = (0..3).map(|_| step(false).0.rate).collect();
+        assert_eq!(rates, [Some(8e6), Some(16e6), Some(32e6)]);
+        assert_eq!(step(true).0, Limits { rate: Some(16e6), active: Some(1) });
+        // Then by a part of what it had reached.
+        for _ in 0..COOL_DOWN {
+            assert_eq!(step(false).0.rate, Some(16e6));
+        }
+        assert_eq!(step(false).0.rate, Some(16e6 + 32e6 * RISE));
+        // Where nothing is bad it is soon as fast as it goes.
+        let mut at = begin_gently(BOUNDS);
         let seconds = (1..)
             .find(|_| {
                 let throughput = at.0.rate.map_or(able, |rate| rate.min(able));
@@ -191,7 +219,7 @@ mod tests {
                 at.2 == State::Free
             })
             .unwrap();
-        assert!(seconds < 30, "{seconds} s");
+        assert!((GENTLE_SECONDS..15).contains(&seconds), "{seconds} s");
     }
 
     proptest! {

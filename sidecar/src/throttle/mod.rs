@@ -43,13 +43,19 @@ const UNASKED: &str = "the throttle can't be asked";
 /// How fast this process may read.
 pub struct Throttle {
     limiter: Limiter,
+    /// Of what is written: as fast as is read.
+    writing: Limiter,
     /// Why it is slowed, and to what.
     note: Mutex<Option<String>>,
 }
 
 impl Default for Throttle {
     fn default() -> Throttle {
-        Throttle { limiter: Limiter::new(f64::INFINITY), note: Mutex::default() }
+        Throttle {
+            limiter: Limiter::new(f64::INFINITY),
+            writing: Limiter::new(f64::INFINITY),
+            note: Mutex::default(),
+        }
     }
 }
 
@@ -68,6 +74,11 @@ impl Throttle {
         self.limiter.consume(bytes).await;
     }
 
+    /// Waits until so many bytes more may have been written.
+    pub async fn pace_writing(&self, bytes: usize) {
+        self.writing.consume(bytes).await;
+    }
+
     /// Reads at most so many bytes a second, whatever signals say; none: no limit.
     pub fn at_most(&self, rate: Option<u64>) {
         self.allow(rate.map(|rate| rate as f64), None);
@@ -82,6 +93,7 @@ impl Throttle {
         let limit = rate.unwrap_or(f64::INFINITY);
         if self.limiter.speed_limit() != limit {
             self.limiter.set_speed_limit(limit);
+            self.writing.set_speed_limit(limit);
         }
         let note = rate.map(|rate| {
             let why = reason.map(|reason| format!(": {reason}")).unwrap_or_default();
@@ -126,6 +138,7 @@ impl Flow {
             reporter.connect().await?;
             // Signals of the source have to be there for the first decision: what can't be read is bad.
             reporter.probe_source().await;
+            reporter.look_around().await?;
             reporter.report().await
         };
         if let Err(error) = joined.await {
@@ -202,13 +215,39 @@ impl Reporter {
         if !self.by_signals {
             tokio::time::sleep_until(until.into()).await;
         }
+        self.probe_until(until).await?;
+        self.report().await
+    }
+
+    async fn probe_until(&mut self, until: Instant) -> Result<()> {
         while Instant::now() < until {
             let next = Instant::now() + PROBE;
             self.probe_source().await;
             self.probe_target().await?;
             tokio::time::sleep_until(next.into()).await;
         }
-        self.report().await
+        Ok(())
+    }
+
+    /// Where others are at work, what is usual for them is learnt before the first chunk is read.
+    async fn look_around(&mut self) -> Result<()> {
+        let Some(target) = &self.target else { return Ok(()) };
+        let doing = "looking around";
+        let sql = "SELECT coalesce((options #>> '{settings,throttle,off}')::bool, false) FROM dedup.runs WHERE run_id = $1";
+        let off: Option<bool> =
+            match target.client.query_opt(sql, &[&self.flow.run]).await.at(Side::Target, doing)? {
+                Some(row) => row.try_get(0).at(Side::Target, doing)?,
+                None => None,
+            };
+        if off.unwrap_or(false) {
+            return Ok(());
+        }
+        let mut signals = self.target_signals().await;
+        self.look_at_source(&mut signals).await;
+        if signals::somebody_is_at_work(&signals) {
+            self.probe_until(Instant::now() + REPORT).await?;
+        }
+        Ok(())
     }
 
     async fn probe_source(&mut self) {
@@ -296,7 +335,7 @@ impl Reporter {
         if let Some(why) = &self.unprobed {
             signals["target_probe"] = json!({"unknown": why});
         }
-        let bad =
+        let mut bad =
             signals::verdicts(&signals, &self.read, &self.commit, wal_per_second, &Thresholds::default());
         for (name, latency) in [("source_read_ms", &self.read), ("target_commit_ms", &self.commit)] {
             signals[name] = json!(latency.high());
@@ -304,8 +343,14 @@ impl Reporter {
         let memory: Memory = serde_json::from_value(turn["controller"].clone()).unwrap_or_default();
         let throughput = number(&turn["throughput"]).unwrap_or(0.0);
         let lanes = turn["lanes"].as_u64().and_then(|lanes| u32::try_from(lanes).ok()).unwrap_or(1);
-        let (next, memory, state) =
-            controller::decide(limits, memory, bounds, !bad.is_empty(), throughput, lanes);
+        let begins = turn["controller"].as_object().is_some_and(serde_json::Map::is_empty);
+        let gently = begins && bad.is_empty() && signals::somebody_is_at_work(&signals);
+        let (next, memory, state) = if gently {
+            bad.push("others are at work, so it begins gently".to_owned());
+            controller::begin_gently(bounds)
+        } else {
+            controller::decide(limits, memory, bounds, !bad.is_empty(), throughput, lanes)
+        };
         if next.rate.is_none() != limits.rate.is_none() {
             match next.rate {
                 Some(rate) => tracing::warn!("slowed to {:.1} MB/s: {}", rate / 1e6, bad.join("; ")),
