@@ -62,7 +62,12 @@ fn draw(
             .y_label_area_size(64)
             .build_cartesian_2d(0.0..last, 0.0..highest)
             .map_err(failed)?;
-        let (unit, name) = if last > 7200.0 { (3600.0, "hours") } else { (60.0, "minutes") };
+        let (unit, name) = match last {
+            7200.0.. => (3600.0, "hours"),
+            300.0.. => (60.0, "minutes"),
+            _ => (1.0, "seconds"),
+        };
+        let decimals = if highest < 2.0 { 2 } else { 1 };
         chart
             .configure_mesh()
             .disable_x_mesh()
@@ -70,7 +75,7 @@ fn draw(
             .x_desc(format!("{name} since the beginning"))
             .y_desc(what)
             .x_label_formatter(&|seconds| format!("{:.1}", seconds / unit))
-            .y_label_formatter(&|value| format!("{value:.1}"))
+            .y_label_formatter(&|value| format!("{value:.decimals$}"))
             .draw()
             .map_err(failed)?;
         series(&mut chart)?;
