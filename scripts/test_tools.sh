@@ -6,7 +6,6 @@ cd "$(dirname "$0")/.."
 missing=()
 command -v chromium >/dev/null || missing+=(chromium)
 command -v promtool >/dev/null && command -v prometheus >/dev/null || missing+=(prometheus)
-command -v pgbench >/dev/null || ls /usr/lib/postgresql/*/bin/pgbench >/dev/null 2>&1 || missing+=(postgresql-contrib)
 [ ${#missing[@]} -gt 0 ] || exit 0
 command -v apt-get >/dev/null || {
     echo "test tools: these are missing: ${missing[*]}" >&2

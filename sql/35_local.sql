@@ -200,7 +200,6 @@ DECLARE
     unreferenced bigint;
     late int;
     began timestamptz;
-    checked timestamptz := pg_catalog.clock_timestamp();
 BEGIN
     PERFORM dedup.must_own(run);
     -- On its own, so that sessions that share the run do not wait for this one's first chunk.
@@ -256,11 +255,8 @@ BEGIN
                     END IF;
                 END;
                 COMMIT;
-                IF pg_catalog.clock_timestamp() OPERATOR(pg_catalog.>) (checked OPERATOR(pg_catalog.+) '5 s'::pg_catalog.interval) THEN
-                    PERFORM dedup.check_alerts(run);
-                    COMMIT;
-                    checked := pg_catalog.clock_timestamp();
-                END IF;
+                PERFORM dedup.check_alerts(run, '5 s');
+                COMMIT;
                 PERFORM pg_catalog.pg_sleep(dedup.pause_after(run, chunk, began));
                 EXIT WHEN NOT again;
                 PERFORM pg_catalog.pg_sleep(pg_catalog.random() OPERATOR(pg_catalog.*) 0.2::pg_catalog.float8 OPERATOR(pg_catalog.*) attempt::pg_catalog.float8);

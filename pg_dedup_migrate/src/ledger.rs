@@ -3,9 +3,12 @@
 //! Written natively, as segments are: a chunk of a hundred thousand records may drop most of them.
 use pg_dedup_record::block::{BlockBuilder, BlockError, BlockView, Entry, Stamp};
 use pg_dedup_record::wire;
+use pgrx::Uuid;
+use pgrx::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::relation::{Access, BytesDatum, Inserter, Table};
+use crate::sql::required;
 
 /// Writes the packed ledger of one finished chunk, which must list as many records as its books call duplicates.
 ///
@@ -37,6 +40,26 @@ pub fn write(target: i32, ordinal: i64, ledger: &[u8], duplicates: i64) -> Resul
             .detail(format!("{count} entries, {duplicates} duplicates.")));
     }
     Ok(())
+}
+
+/// Calls `visit` with every record that a chunk dropped, by its content and its key.
+///
+/// # Errors
+/// XX001 for a damaged block; what `visit` returns.
+pub fn for_each_dropped(run: Uuid, chunk: &str, mut visit: impl FnMut(&Entry<'_>)) -> Result<()> {
+    Spi::connect(|client| {
+        let blocks = client.select(
+            "SELECT l.entries FROM dedup.ordinals AS o JOIN dedup.ledger_block AS l USING (ordinal) WHERE o.run_id = $1 AND o.chunk_id = $2",
+            None,
+            &[run.into(), chunk.into()],
+        )?;
+        for block in blocks {
+            let bytes: Vec<u8> = required(block["entries"].value()?)?;
+            let block = parse(&bytes)?;
+            (0..block.len()).for_each(|i| visit(&block.entry(i)));
+        }
+        Ok(())
+    })
 }
 
 /// Reads a row of `dedup.ledger_block`.

@@ -3,6 +3,7 @@
 //! Both are sorted, so one walk over a segment's [`Directory`] reads each block that can hold one of them once, and no other. A few digests in a
 //! segment that this backend does not know go through the index. No verdict rests on anything but 32 equal bytes in a block whose checksum
 //! holds.
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
 use pg_dedup_record::block::{BlockView, Entry};
@@ -274,4 +275,21 @@ pub fn keep_standing(places: &mut Vec<Place>) {
     places.dedup_by(|earlier, last| earlier.key == last.key);
     places.retain(|place| !place.tombstone);
     places.reverse();
+}
+
+/// What the index has of each of these rows (content, key), if anything.
+///
+/// # Errors
+/// XX001 for a damaged block.
+pub fn owners(target: i32, rows: &[(Digest, Vec<u8>)]) -> Result<Vec<Option<Place>>> {
+    let (digests, wanted) = distinct(rows.iter().map(|(digest, _)| *digest));
+    let found: BTreeMap<u32, Vec<Place>> =
+        places(target, &digests, &wanted, &Snapshot::latest())?.into_iter().collect();
+    Ok(rows
+        .iter()
+        .map(|(digest, key)| {
+            let at = digests.binary_search(digest.as_bytes()).ok()?;
+            found.get(&(at as u32))?.iter().find(|p| p.key == *key).cloned()
+        })
+        .collect())
 }

@@ -345,9 +345,8 @@ impl Worker {
                 Err(error) if error.policy() == Policy::Retry => {
                     let Some(pause) = pauses.next() else { return Err(error) };
                     tracing::warn!("{error}; connecting anew");
+                    // The lease may have been granted and its answer lost: it runs out, too, when the session is replaced.
                     self.target = None;
-                    // The lease may have been granted and its answer lost.
-                    self.renew_identity();
                     tokio::time::sleep(pause).await;
                 }
                 result => return result,

@@ -31,19 +31,9 @@ impl Ledger {
         if chunk.keyless() {
             return Ok(Self::new(Vec::new()));
         }
-        let lines = Spi::connect(|client| -> Result<_> {
-            let mut lines = Vec::new();
-            let rows = client.select(
-                "SELECT l.entries FROM dedup.ordinals AS o JOIN dedup.ledger_block AS l USING (ordinal) WHERE o.run_id = $1 AND o.chunk_id = $2",
-                None,
-                &[chunk.run.into(), chunk.chunk_id.as_str().into()],
-            )?;
-            for row in rows {
-                let bytes: Vec<u8> = required(row["entries"].value()?)?;
-                let block = ledger::parse(&bytes)?;
-                lines.extend((0..block.len()).map(|i| block.entry(i)).map(|e| (e.digest, e.key.to_vec())));
-            }
-            Ok(lines)
+        let mut lines = Vec::new();
+        ledger::for_each_dropped(chunk.run, &chunk.chunk_id, |entry| {
+            lines.push((entry.digest, entry.key.to_vec()));
         })?;
         Ok(Self::new(lines))
     }

@@ -321,7 +321,7 @@ fn for_each_replaced(rollback: &Rollback, part: &Part, mut tell: impl FnMut(u64)
                 found.push((row.digests()?.content, key));
                 Ok(())
             })?;
-            for owner in owners(part.target.id, &found)?.into_iter().flatten() {
+            for owner in lookup::owners(part.target.id, &found)?.into_iter().flatten() {
                 if !part.has(owner.ordinal) && owner.ordinal > part.oldest() {
                     tell(owner.ordinal);
                 }
@@ -348,26 +348,6 @@ pub fn others(run: Uuid, chunk: Option<&str>, ordinals: &HashSet<u64>) -> Result
             .map(|row| Ok(required::<i64>(row["ordinal"].value()?)?.cast_unsigned()))
             .collect()
     })
-}
-
-/// What the index has of each of these rows (content, key), if anything.
-///
-/// # Errors
-/// XX001 for a damaged block.
-pub fn owners(target: i32, rows: &[(Digest, Vec<u8>)]) -> Result<Vec<Option<Place>>> {
-    let mut digests: Vec<[u8; 32]> = rows.iter().map(|(digest, _)| digest.0).collect();
-    digests.sort_unstable();
-    digests.dedup();
-    let wanted: Vec<u32> = (0..digests.len() as u32).collect();
-    let places: BTreeMap<u32, Vec<Place>> =
-        lookup::places(target, &digests, &wanted, &Snapshot::latest())?.into_iter().collect();
-    Ok(rows
-        .iter()
-        .map(|(digest, key)| {
-            let at = digests.binary_search(digest.as_bytes()).ok()?;
-            places.get(&(at as u32))?.iter().find(|p| p.key == *key).cloned()
-        })
-        .collect())
 }
 
 #[cfg(test)]

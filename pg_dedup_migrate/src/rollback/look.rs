@@ -6,7 +6,7 @@ use pg_dedup_record::digest::Digest;
 use pg_dedup_record::record::RecordDigests;
 use pgrx::prelude::*;
 
-use super::dependents::{others, owners};
+use super::dependents::others;
 use super::step::{Done, Image, Plan, Step, Written, pending};
 use crate::by_key::{Reading, rows_under};
 use crate::error::Result;
@@ -232,7 +232,7 @@ fn name_owners(step: &Step, doubtful: &[usize], found: &mut [Option<Row>]) -> Re
         .filter_map(|&n| found[n].as_ref())
         .map(|row| (row.digests.content, row.key.clone()))
         .collect();
-    for (n, place) in standing.into_iter().zip(owners(step.target.id, &rows)?) {
+    for (n, place) in standing.into_iter().zip(lookup::owners(step.target.id, &rows)?) {
         if let Some(row) = &mut found[n] {
             row.owner = place.map(|place| place.ordinal);
         }

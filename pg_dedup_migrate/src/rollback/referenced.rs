@@ -4,7 +4,6 @@ use pg_dedup_record::layout::Layout;
 use pgrx::JsonB;
 use pgrx::prelude::*;
 
-use super::dependents::owners;
 use super::heirs::{HandedOver, keys_with_images, subject};
 use super::layout::is_handed_over;
 use super::{Part, Rollback};
@@ -14,7 +13,7 @@ use crate::hash::rows;
 use crate::index::Target;
 use crate::indexing::refuse_row_security;
 use crate::keyset::{column_list, qualified_name};
-use crate::lookup::Place;
+use crate::lookup::{self, Place};
 use crate::merge::Merge;
 use crate::planning::ByIndex;
 use crate::references::{self, Reference, Which};
@@ -160,7 +159,7 @@ fn pointed_at(
         at.push((required(row.trailing::<i64>(0)?)? as usize - 1, digests.row.short()));
         Ok(())
     })?;
-    let owners = owners(other.target.id, &rows)?;
+    let owners = lookup::owners(other.target.id, &rows)?;
     let leaves = |place: Option<Place>, row: [u8; Digest::SHORT_LEN]| {
         place.is_some_and(|p| other.has(p.ordinal) && (rollback.forced || p.row_digest == row))
     };

@@ -2,7 +2,6 @@
 
 use indicatif::HumanCount;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
-use serde_json::Value;
 
 use crate::error::Result;
 use crate::view::overview::{Reconciliation, Report};
@@ -43,14 +42,10 @@ pub fn page(report: &Report) -> Result<Markup> {
                 h2 { "Settings" }
                 pre { code { (format!("{:#}", report.options)) } }
                 h2 { "Versions" }
-                table { @for (name, version) in &report.versions { tr { td { (name) } td { (text(version)) } } } }
+                table { @for (name, version) in &report.versions { tr { td { (name) } td { (parts::text(version)) } } } }
             }
         }
     })
-}
-
-fn text(value: &Value) -> String {
-    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
 fn phases(report: &Report) -> Markup {
@@ -66,50 +61,16 @@ fn count(count: Option<u64>) -> String {
     count.map_or("–".into(), |count| HumanCount(count).to_string())
 }
 
-/// What a pass found, by the names of the target's columns.
-pub fn findings(pass: &Reconciliation) -> [(&'static str, Option<u64>); 10] {
-    [
-        ("source", pass.source_count),
-        ("present", pass.present_count),
-        ("duplicate", pass.duplicate_count),
-        ("quarantined", pass.quarantined_count),
-        ("missing", pass.missing_count),
-        ("changed", pass.changed_count),
-        ("extra", pass.extra_count),
-        ("surviving duplicate", pass.surviving_duplicate_count),
-        ("foreign", pass.foreign_count),
-        ("source changed", pass.source_changed_count),
-    ]
-}
-
-/// How much a pass looked at.
-pub fn extent(pass: &Reconciliation) -> String {
-    let strictly = if pass.is_strict { ", strictly" } else { "" };
-    if pass.sample < 1.0 {
-        format!("a sample of {:.2} %{strictly}", pass.sample * 100.0)
-    } else {
-        format!("everything{strictly}")
-    }
-}
-
-/// The verdict, with what became of it.
-pub fn verdict(pass: &Reconciliation) -> String {
-    match pass.released_by {
-        Some(later) => format!("{}, released by pass {later}", pass.verdict),
-        None => pass.verdict.clone(),
-    }
-}
-
 fn reconciliations(passes: &[Reconciliation]) -> Markup {
     html! {
         h2 { "Reconciliation" }
         @if passes.is_empty() { p { "The run was not reconciled." } }
         @if let Some(first) = passes.first() {
             div.scroll { table {
-                tr { th { "pass" } th { "verdict" } th { "looked at" } th { "finished" } @for (name, _) in findings(first) { th.n { (name) } } }
+                tr { th { "pass" } th { "verdict" } th { "looked at" } th { "finished" } @for (name, _) in first.findings() { th.n { (name) } } }
                 @for pass in passes {
-                    tr { td { (pass.reconciliation_id) } td { (verdict(pass)) } td { (extent(pass)) } td { (pass.finished_at.as_deref().map_or("–".into(), parts::time)) }
-                         @for (_, found) in findings(pass) { td.n { (count(found)) } } }
+                    tr { td { (pass.reconciliation_id) } td { (pass.told_verdict()) } td { (pass.extent()) } td { (pass.finished_at.as_deref().map_or("–".into(), parts::time)) }
+                         @for (_, found) in pass.findings() { td.n { (count(found)) } } }
                 }
             } }
         }

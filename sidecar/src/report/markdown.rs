@@ -4,9 +4,8 @@ use std::fmt::Write;
 
 use indicatif::{HumanBytes, HumanCount};
 
-use super::html::{extent, findings, verdict};
 use crate::view::overview::Report;
-use crate::view::parts::{left, time};
+use crate::view::parts::{self, left, time};
 
 /// The text.
 pub fn page(report: &Report) -> String {
@@ -76,7 +75,7 @@ fn write(text: &mut String, report: &Report) -> std::fmt::Result {
             [
                 table.source.clone(),
                 table.target.clone(),
-                books.percent.map_or("–".into(), |part| format!("{part:.1} %")),
+                books.written(),
                 format!("{}/{}", books.verified, books.chunks),
                 books.failed.to_string(),
                 HumanCount(books.source_count).to_string(),
@@ -96,7 +95,8 @@ fn write(text: &mut String, report: &Report) -> std::fmt::Result {
     }
     for pass in &report.reconciliations {
         let at = pass.finished_at.as_deref().map_or("not finished".into(), time);
-        let found: Vec<String> = findings(pass)
+        let found: Vec<String> = pass
+            .findings()
             .into_iter()
             .filter_map(|(name, count)| count.map(|count| format!("{} {name}", HumanCount(count))))
             .collect();
@@ -105,8 +105,8 @@ fn write(text: &mut String, report: &Report) -> std::fmt::Result {
             text,
             "- Pass {}: **{}** ({at}), {}: {found}.",
             pass.reconciliation_id,
-            verdict(pass),
-            extent(pass)
+            pass.told_verdict(),
+            pass.extent()
         )?;
     }
 
@@ -160,7 +160,7 @@ fn write(text: &mut String, report: &Report) -> std::fmt::Result {
     writeln!(text, "\n## Settings\n\n```json\n{:#}\n```", report.options)?;
     writeln!(text, "\n## Versions\n")?;
     for (name, version) in &report.versions {
-        writeln!(text, "- {name}: {}", version.as_str().map_or_else(|| version.to_string(), str::to_owned))?;
+        writeln!(text, "- {name}: {}", parts::text(version))?;
     }
     Ok(())
 }

@@ -233,13 +233,9 @@ impl Reporter {
     async fn look_around(&mut self) -> Result<()> {
         let Some(target) = &self.target else { return Ok(()) };
         let doing = "looking around";
-        let sql = "SELECT coalesce((options #>> '{settings,throttle,off}')::bool, false) FROM dedup.runs WHERE run_id = $1";
-        let off: Option<bool> =
-            match target.client.query_opt(sql, &[&self.flow.run]).await.at(Side::Target, doing)? {
-                Some(row) => row.try_get(0).at(Side::Target, doing)?,
-                None => None,
-            };
-        if off.unwrap_or(false) {
+        let sql = "SELECT EXISTS (SELECT FROM dedup.runs WHERE run_id = $1 AND (options #>> '{settings,throttle,off}')::bool)";
+        let row = target.client.query_one(sql, &[&self.flow.run]).await.at(Side::Target, doing)?;
+        if row.try_get(0).at(Side::Target, doing)? {
             return Ok(());
         }
         let mut signals = self.target_signals().await;

@@ -113,6 +113,11 @@ impl Books {
         ]
     }
 
+    /// How much is written, in words.
+    pub fn written(&self) -> String {
+        self.percent.map_or("–".into(), |percent| format!("{percent:.1} %"))
+    }
+
     /// Part of the records that were dropped as duplicates.
     pub fn dedup_ratio(&self) -> Option<f64> {
         (self.source_count > 0).then(|| self.duplicate_count as f64 / self.source_count as f64)
@@ -273,6 +278,42 @@ pub struct Reconciliation {
     pub foreign_count: Option<u64>,
     /// Records that changed in the source.
     pub source_changed_count: Option<u64>,
+}
+
+impl Reconciliation {
+    /// What a pass found, by the names of the target's columns.
+    pub fn findings(&self) -> [(&'static str, Option<u64>); 10] {
+        [
+            ("source", self.source_count),
+            ("present", self.present_count),
+            ("duplicate", self.duplicate_count),
+            ("quarantined", self.quarantined_count),
+            ("missing", self.missing_count),
+            ("changed", self.changed_count),
+            ("extra", self.extra_count),
+            ("surviving duplicate", self.surviving_duplicate_count),
+            ("foreign", self.foreign_count),
+            ("source changed", self.source_changed_count),
+        ]
+    }
+
+    /// How much a pass looked at.
+    pub fn extent(&self) -> String {
+        let strictly = if self.is_strict { ", strictly" } else { "" };
+        if self.sample < 1.0 {
+            format!("a sample of {:.2} %{strictly}", self.sample * 100.0)
+        } else {
+            format!("everything{strictly}")
+        }
+    }
+
+    /// The verdict, with what became of it.
+    pub fn told_verdict(&self) -> String {
+        match self.released_by {
+            Some(later) => format!("{}, released by pass {later}", self.verdict),
+            None => self.verdict.clone(),
+        }
+    }
 }
 
 /// A chunk given up.

@@ -19,6 +19,11 @@ pub fn left(seconds: Option<f64>) -> String {
     seconds.map_or("–".into(), duration)
 }
 
+/// A value of the server's as text.
+pub fn text(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}
+
 fn percent(part: Option<f64>) -> String {
     part.map_or("–".into(), |part| format!("{:.1} %", part * 100.0))
 }
@@ -30,7 +35,7 @@ pub fn head(o: &Overview) -> Markup {
         h1 { (o.run.name) " " span.quiet { (o.run.status) } }
         p.quiet { "run " code { (o.run.run_id) } @if let Some(at) = &o.run.started_at { ", began " (time(at)) } ", as of " (time(&o.at)) }
         div.tiles {
-            div.tile { "done" b #percent { (books.percent.map_or("–".into(), |p| format!("{p:.1} %"))) } }
+            div.tile { "done" b #percent { (books.written()) } }
             div.tile { "left" b { (left(o.eta_seconds)) } @if let Some(at) = &o.deadline { span.quiet { "deadline " (time(at)) } } }
             div.tile { "last minute" b { (format!("{:.1} MB/s", o.slis.migration_throughput_gbps * 125.0)) } span.quiet { (format!("{:.3} Gbit/s", o.slis.migration_throughput_gbps)) } }
             div.tile { "chunks a minute" b { (o.slis.chunk_completion_rate) } }
@@ -76,7 +81,7 @@ pub fn tables(tables: &[Table]) -> Markup {
                 tr {
                     td { (table.source) } td { (table.target) div.quiet { "content is " (table.content_rule) } }
                     td { div.bar { i style={ "width:" (format!("{:.1}", books.percent.unwrap_or(0.0))) "%" } {} } }
-                    td.n { (books.percent.map_or("–".into(), |p| format!("{p:.1} %"))) } td.n { (left(table.eta_seconds)) }
+                    td.n { (books.written()) } td.n { (left(table.eta_seconds)) }
                     td.n { (books.verified) "/" (books.chunks) } td.n { (books.failed) } td.n { (HumanCount(books.source_count)) }
                     td.n { (HumanCount(books.duplicate_count)) " " span.quiet { (percent(books.dedup_ratio())) } } td.n { (books.quarantined_count) } td.n { (HumanBytes(books.source_bytes)) }
                 }
