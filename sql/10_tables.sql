@@ -548,6 +548,7 @@ CREATE TABLE dedup.reconciled_chunks (
     foreign_count    bigint NOT NULL,
     source_changed_count bigint NOT NULL,
     source_is_same   bool NOT NULL,
+    stands_for_table bool NOT NULL DEFAULT false,
     row_count        bigint,
     row_sum          bigint,
     row_checksum     bytea,
@@ -574,6 +575,7 @@ COMMENT ON COLUMN dedup.reconciled_chunks.surviving_duplicate_count IS 'rows who
 COMMENT ON COLUMN dedup.reconciled_chunks.foreign_count IS 'rows that no run wrote';
 COMMENT ON COLUMN dedup.reconciled_chunks.source_changed_count IS 'records that are not what they were when the chunk was read, or new, or gone';
 COMMENT ON COLUMN dedup.reconciled_chunks.source_is_same IS 'count and checksum of the source''s records are those of the checkpoint';
+COMMENT ON COLUMN dedup.reconciled_chunks.stands_for_table IS 'among its surviving duplicates are some of which nothing tells the chunk: repair looks for them in the whole table';
 COMMENT ON COLUMN dedup.reconciled_chunks.row_count IS 'rows of the target in the chunk''s key range; null where keys are ordered otherwise, or another source of the run counts them';
 COMMENT ON COLUMN dedup.reconciled_chunks.row_sum IS 'sum of hashes over content and key of these rows, mod 2^64';
 COMMENT ON COLUMN dedup.reconciled_chunks.row_checksum IS 'sum of the row digests in the chunk''s key range: a pass that is taken up compares a chunk anew where it changed';

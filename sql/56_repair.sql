@@ -14,10 +14,9 @@ BEGIN
             DETAIL = 'What is repaired is what a reconciliation has found.',
             HINT = CASE WHEN r.status = 'done' THEN format('pg-dedup-migrate reconcile %s', run) ELSE 'A run is reconciled when every chunk of it is verified.' END;
     END IF;
-    -- Of every pass that holds the run. A content that stands twice is named for some chunk of its table where nothing but the rows tells: all of
-    -- it is looked at, and so is all of a table without a key, where positions mean nothing later.
+    -- Of every pass that holds the run. All of a table without a key is looked at: positions mean nothing later.
     WITH wrong AS (
-        SELECT k.chunk_id, k.table_id, bool_or(t.keyless OR k.surviving_duplicate_count > 0) AS whole_table
+        SELECT k.chunk_id, k.table_id, bool_or(t.keyless OR k.stands_for_table) AS whole_table
         FROM dedup.reconciliations AS p JOIN dedup.reconciled_chunks AS k USING (reconciliation_id) JOIN dedup.checkpoints AS c ON c.run_id = run AND c.chunk_id = k.chunk_id
             JOIN dedup.run_tables AS t ON t.run_id = run AND t.table_id = k.table_id
         WHERE p.holds = run AND (c.ordinal <= p.last_ordinal OR c.status <> 'verified')

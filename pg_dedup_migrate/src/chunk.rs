@@ -7,6 +7,7 @@ use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
+use pg_dedup_record::digest::Digest;
 use pg_dedup_record::fold::Lists;
 use pg_dedup_record::layout::Layout;
 use pgrx::pg_sys::panic::ErrorReport;
@@ -66,8 +67,8 @@ pub struct OpenChunk {
     pub stale: Rc<Vec<(Subject, u64)>>,
     /// In a repair: keys of the rows that stand under keys of its records.
     pub own_rows: Rc<HashSet<Vec<u8>>>,
-    /// Of a repair: keys of the records that the chunk dropped as duplicates when it finished before.
-    pub dropped_before: Rc<HashSet<Vec<u8>>>,
+    /// In a repair: keys of the records that the chunk dropped as duplicates when it finished before, with their contents.
+    pub dropped_before: Rc<HashMap<Vec<u8>, Vec<Digest>>>,
     /// Keys of rows that are too many.
     pub extra: Rc<Vec<Vec<u8>>>,
     /// What an earlier finish of this chunk wrote and is still there.

@@ -79,6 +79,7 @@ pub fn settle(reconciliation: i64) -> Result<()> {
             snapshot: &snapshot,
             owners: Owners::new(run, target_id),
             findings: BTreeMap::new(),
+            for_table: HashSet::new(),
         };
         let mut gone: HashSet<[u8; 32]> = settlement.compared.sought.iter().map(|l| l.content.0).collect();
         if sampled {
@@ -221,6 +222,8 @@ struct Settlement<'a> {
     snapshot: &'a Snapshot,
     owners: Owners,
     findings: BTreeMap<String, Findings>,
+    /// Chunks that were named for a surviving duplicate which may be any chunk's of their table.
+    for_table: HashSet<String>,
 }
 
 impl Settlement<'_> {
@@ -391,10 +394,39 @@ impl Settlement<'_> {
         if counted.unwrap_or_default() != foreign {
             return Ok(());
         }
-        for (content, key) in twins.into_iter().filter(|(_, key)| !named.contains(key)) {
-            self.add(self.some_chunk(None), Kind::SurvivingDuplicate, &key, content);
+        twins.retain(|(_, key)| !named.contains(key));
+        let chunks = self.writers_of(twins.iter().map(|(_, key)| key.as_slice()).collect())?;
+        for (content, key) in twins {
+            let chunk = chunks.get(&key).cloned().unwrap_or_else(|| {
+                let chunk = self.some_chunk(None);
+                self.for_table.insert(chunk.clone());
+                chunk
+            });
+            self.add(chunk, Kind::SurvivingDuplicate, &key, content);
         }
         Ok(())
+    }
+
+    /// The chunks of the run that wrote something under these keys, by what the index has of them.
+    fn writers_of(&mut self, keys: HashSet<&[u8]>) -> Result<HashMap<Vec<u8>, String>> {
+        let mut ordinals: HashMap<Vec<u8>, u64> = HashMap::new();
+        if !keys.is_empty() {
+            self.for_each_content(|_, said, _| {
+                for place in said {
+                    if keys.contains(place.key.as_slice()) && self.ordinals.contains(&place.ordinal) {
+                        ordinals.insert(place.key.clone(), place.ordinal);
+                    }
+                }
+                Ok(())
+            })?;
+        }
+        let mut chunks = HashMap::new();
+        for (key, ordinal) in ordinals {
+            if let Owner::Table(_, chunk) = self.owners.of(ordinal)? {
+                chunks.insert(key, chunk);
+            }
+        }
+        Ok(chunks)
     }
 
     /// Looks for the entries' rows; returns rows that have no entry, and whose content has one.
@@ -583,9 +615,16 @@ impl Settlement<'_> {
                      surviving_duplicate_count = k.surviving_duplicate_count OPERATOR(pg_catalog.+) $3[4], \
                      foreign_count = k.foreign_count OPERATOR(pg_catalog.+) $3[5], source_changed_count = k.source_changed_count OPERATOR(pg_catalog.+) $3[6], \
                      duplicate_count = k.duplicate_count OPERATOR(pg_catalog.-) CASE WHEN $4 THEN 0 ELSE $3[1] END, \
-                     present_count = k.present_count OPERATOR(pg_catalog.-) CASE WHEN $4 THEN $3[1] ELSE 0 END \
+                     present_count = k.present_count OPERATOR(pg_catalog.-) CASE WHEN $4 THEN $3[1] ELSE 0 END, \
+                     stands_for_table = k.stands_for_table OR $5 \
                  WHERE k.reconciliation_id = $1 AND k.chunk_id = $2",
-                &[reconciliation.into(), chunk.as_str().into(), counts.into(), keyless.into()],
+                &[
+                    reconciliation.into(),
+                    chunk.as_str().into(),
+                    counts.into(),
+                    keyless.into(),
+                    self.for_table.contains(chunk).into(),
+                ],
             )?;
             findings.enter(reconciliation, self.run, chunk, self.target.id, self.strict, |key| {
                 self.target.key_types.query_string(key)

@@ -745,6 +745,30 @@ async fn random_damage() {
     }
 }
 
+/// Where a content stands twice, the chunk of the row that is too many is done again, and no other: what changed in the source since is left alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_content_that_stands_twice() {
+    let pair = items(&BY_NUMBER).await;
+    let db = &pair.target;
+    let dropped: i32 = db
+        .one("SELECT min(n) FROM generate_series(1, 2000) AS n WHERE n NOT IN (SELECT n FROM public.items)")
+        .await;
+    let elsewhere: i32 =
+        db.one(&format!("SELECT n FROM public.items ORDER BY abs(n - {dropped}) DESC LIMIT 1")).await;
+    let values = BY_NUMBER.values;
+    db.exec(&format!(
+        "INSERT INTO public.items SELECT {values}, n, 'body ' || n % 1500, 'by hand' FROM generate_series({dropped}, {dropped}) AS n"
+    ))
+    .await;
+    pair.source.exec(&format!("UPDATE public.items SET note = 'later' WHERE n = {elsewhere}")).await;
+    pair.reconcile().exits(exit::HALTED).await;
+    let before = db.column("SELECT ordinal FROM dedup.checkpoints ORDER BY chunk_no").await;
+    pair.repair().exits(exit::DONE).await;
+    let after = db.column("SELECT ordinal FROM dedup.checkpoints ORDER BY chunk_no").await;
+    assert_eq!(before.iter().zip(&after).filter(|(before, after)| before != after).count(), 1);
+    assert_eq!(db.column("SELECT n FROM public.items WHERE note IN ('by hand', 'later')").await, [""; 0]);
+}
+
 /// A row that no run wrote, under the key of a record that was dropped as a duplicate, is nobody's to delete: not when the record's chunk is
 /// repaired for something else, and not when its content is to be written again.
 #[tokio::test(flavor = "multi_thread")]
