@@ -52,13 +52,14 @@ exec_run() { side_dedup narrow "$@" >"$BENCH_DIR/log" 2>&1; }
 
 # Quiet, beside a run that pays no heed, beside one that does, and quiet again.
 bench_foreground() {
-    local seconds=${FOREGROUND_SECONDS:-20}
+    local round
     foreground_prepare
     (foreground_p95 warm 5)
-    (foreground_p95 quiet 8)
-    # It is over soon.
-    foreground_beside unthrottled 5 --no-throttle
-    (foreground_p95 quiet 8)
-    foreground_beside throttled "$seconds"
-    (foreground_p95 quiet 8)
+    for round in $(seq "$ROUNDS"); do
+        (foreground_p95 quiet 8)
+        # It is over soon.
+        foreground_beside unthrottled 5 --no-throttle
+        (foreground_p95 quiet 8)
+        foreground_beside throttled "${FOREGROUND_SECONDS:-20}"
+    done
 }

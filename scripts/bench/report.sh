@@ -44,8 +44,16 @@ report_phases() {
     results "$1.phases" | tail -n 1 | awk '{printf "|"; for (i = 1; i <= NF; i++) printf " %s |", $i; print ""}'
 }
 
+report_foreground() {
+    local kind
+    for kind in quiet unthrottled throttled; do
+        printf '| %s | %s | %s | %s |\n' "$kind" "$(number %.2f "$(median "foreground.source.$kind")")" "$(number %.2f "$(median "foreground.target.$kind")")" \
+            "$(number '%.1f MB/s' "$(median "foreground.rate.$kind")")"
+    done
+}
+
 report_targets() {
-    local dedup wide limit
+    local dedup wide limit side
     limit=$(($(chunk_megabytes) * 2 * 3 + 100))
     dedup=$(median narrow.dedup.seconds)
     wide=$(median wide.dedup.seconds)
@@ -62,6 +70,10 @@ report_targets() {
         "$(median claim_lookup)" '<=' 0.6 "at most 0.6 µs"
     target "$(number %.0f "$(results chunks.count)") chunks: a chunk of the last 200 against the first 200" '%.2f ×' \
         "$(quotient "$(results chunks.last)" "$(results chunks.first)")" '<=' 1.2 "at most 1.2 ×"
+    for side in source target; do
+        target "95th percentile of others' latency on the $side beside a throttled run" '%.2f ×' \
+            "$(quotient "$(median "foreground.$side.throttled")" "$(median "foreground.$side.quiet")")" '<=' 1.5 "at most 1.5 × quiet"
+    done
     target "sidecar's memory, narrow" '%.0f MB' "$(results narrow.dedup.peak | sort -g | tail -n 1)" '<=' "$limit" "at most $limit MB"
     target "sidecar's memory, wide" '%.0f MB' "$(results wide.dedup.peak | sort -g | tail -n 1)" '<=' "$limit" "at most $limit MB"
     echo
@@ -108,6 +120,14 @@ $(report_sides wide)
 
 A full reconciliation took $(number %.2f "$(median wide.reconcile.seconds)") s ($(all_of wide.reconcile.seconds %.2f)), a rollback
 $(number %.2f "$(median wide.rollback.seconds)") s ($(all_of wide.rollback.seconds %.2f)).
+
+## Beside others
+
+pgbench with two clients and $FOREGROUND_RATE transactions a second on each server, look-ups on the source and writes on the target, while narrow records are migrated:
+
+| pgbench, 95th percentile in ms | source | target | the run reads |
+|---|--:|--:|--:|
+$(report_foreground)
 
 ## How the rest was measured
 
