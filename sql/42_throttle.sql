@@ -30,6 +30,23 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
 $$;
 COMMENT ON FUNCTION dedup.allowed_rate(uuid) IS 'bytes a second that all workers of a run may read together; null: no limit';
 
+-- Claims and verification of a chunk would keep a backend busy for a second at a stretch: at a low rate they are drawn out. One backend that does
+-- nothing else gets through some 20 MB of narrow records a second, and as much time goes by while the chunk's rows are sent.
+CREATE FUNCTION dedup.work_share(run uuid) RETURNS float8
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT CASE WHEN rate IS NULL THEN 1 ELSE least(1, greatest(0.02, 2 * rate / 20e6 / greatest(1, least((dedup.throttle_holds(run)).active_chunks,
+        (SELECT sum(p.lanes) FROM dedup.processes AS p WHERE p.run_id = run AND p.reported_at > clock_timestamp() - interval '5 s'))))) END
+    FROM dedup.allowed_rate(run) AS rate
+$$;
+COMMENT ON FUNCTION dedup.work_share(uuid) IS 'the share of its time, 0.02 to 1, that a backend is at work in a long step of a run''s chunk; it rests for the remainder';
+
+CREATE FUNCTION dedup.work_share_of_target(target int) RETURNS float8
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT coalesce(min(dedup.work_share(r.run_id)), 1) FROM dedup.runs AS r
+    WHERE r.status = 'running' AND EXISTS (SELECT FROM dedup.run_tables AS t WHERE t.run_id = r.run_id AND t.target_id = target)
+$$;
+COMMENT ON FUNCTION dedup.work_share_of_target(int) IS 'the least dedup.work_share of the runs that write into a target';
+
 -- Seconds to rest after a chunk that began then, so that a session keeps to the run's rate; ten minutes at most.
 CREATE FUNCTION dedup.pause_after(run uuid, chunk text, began timestamptz) RETURNS float8
 LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$

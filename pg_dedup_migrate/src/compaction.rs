@@ -7,6 +7,7 @@ use pgrx::prelude::*;
 
 use crate::error::Result;
 use crate::merge::Merge;
+use crate::pace;
 use crate::relation::{Access, Snapshot, Table};
 use crate::segment::{self, Segment, SegmentWriter};
 
@@ -19,6 +20,7 @@ const FAN_OUT: usize = 32;
 /// XX001 for a damaged block; 42501 without the privileges of a worker.
 #[pg_extern(volatile, parallel_unsafe, strict)]
 fn compact_step(target_id: i32) -> Result<bool, ErrorReport> {
+    let _pace = pace::of_target(target_id)?;
     Ok(step(target_id)?)
 }
 

@@ -18,6 +18,7 @@ use crate::keyset::{column_list, hash_of};
 use crate::ledger;
 use crate::lookup::Subject;
 use crate::matching::Standing;
+use crate::pace;
 use crate::planning::ByIndex;
 use crate::relation::{Access, Table};
 use crate::repair;
@@ -114,6 +115,7 @@ fn finish_chunk(
     info: JsonB,
 ) -> Result<i64, ErrorReport> {
     let books = Books::parse(&counts, checksums)?;
+    let _pace = pace::of_run(run)?;
     Ok(chunk::with_open(run, chunk_id, |chunk| {
         chunk.add_lists(manifest, ledger);
         finish(chunk, &books, &info)

@@ -7,6 +7,7 @@ use pgrx::Uuid;
 use pgrx::prelude::*;
 
 use crate::error::{Error, Result};
+use crate::pace;
 use crate::relation::{Access, BytesDatum, Inserter, Table};
 use crate::sql::required;
 
@@ -89,7 +90,7 @@ impl LedgerWriter<'_> {
     }
 
     fn flush(&mut self) {
-        pgrx::check_for_interrupts!();
+        pace::point();
         let Some(first) = self.builder.first_digest() else { return };
         let first = BytesDatum::new(first.as_bytes());
         let entries = BytesDatum::new(&self.builder.finish());

@@ -20,6 +20,7 @@ use crate::error::{Error, Result};
 use crate::finish::{self, Books};
 use crate::hash::rows::{self, View};
 use crate::matching;
+use crate::pace;
 use crate::sql::required;
 use crate::upsert;
 
@@ -49,6 +50,7 @@ fn run_chunk(run: Uuid, chunk_id: &str) -> Result<(), ErrorReport> {
             .map_err(Error::from)?;
     // No lease: it is verified already, and there is nothing to do.
     if let Some(lease) = lease {
+        let _pace = pace::of_run(run)?;
         migrate(run, chunk_id, lease)?;
     }
     Ok(())

@@ -11,6 +11,7 @@ use pg_dedup_record::digest::Digest;
 
 use crate::directory::{self, Directory};
 use crate::error::Result;
+use crate::pace;
 use crate::relation::{Access, Fetcher, Snapshot, Table};
 use crate::segment::{self, BlockReader, Segment};
 
@@ -119,7 +120,7 @@ fn walk(
     let digest = |next: usize| open.get(next).map(|&i| Digest(digests[i as usize]));
     let (mut next, mut at) = (0, 0);
     while let Some(sought) = digest(next) {
-        pgrx::check_for_interrupts!();
+        pace::point();
         at = directory.seek(sought.prefix(), at);
         let block = directory.block(at, fetcher)?;
         at += 1;
@@ -159,7 +160,7 @@ fn seek(
     hit: &mut OnHit<'_>,
 ) -> Result<()> {
     for &i in open {
-        pgrx::check_for_interrupts!();
+        pace::point();
         let wanted = Digest(digests[i as usize]);
         reader.seek(segment.id, wanted.as_bytes());
         while let Some(block) = reader.previous()? {
@@ -260,7 +261,7 @@ pub fn places_since(
     })?;
     let mut all: Vec<(u32, Vec<Place>)> = all.into_iter().collect();
     for (_, places) in &mut all {
-        pgrx::check_for_interrupts!();
+        pace::point();
         keep_standing(places);
     }
     all.retain(|(_, places)| !places.is_empty());

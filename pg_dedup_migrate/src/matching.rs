@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::hash::rows;
 use crate::keyset::column_list;
 use crate::lookup;
+use crate::pace;
 use crate::planning::ByIndex;
 use crate::relation::Snapshot;
 use crate::repair;
@@ -57,6 +58,7 @@ pub struct Standing {
 /// 22023 for malformed arguments, 55000 without an open chunk, 55P03 after lock_timeout.
 #[pg_extern(volatile, parallel_unsafe)]
 fn match_keys(run: Uuid, chunk_id: &str, keys: &[u8], row_digests: &[u8]) -> Result<Vec<u8>, ErrorReport> {
+    let _pace = pace::of_run(run)?;
     let matches = chunk::with_open(run, chunk_id, |chunk| {
         if chunk.claimed {
             return Err(Error::state("match_keys comes before claim").hint("see the worker protocol"));

@@ -8,6 +8,7 @@ use pg_dedup_record::digest::Digest;
 
 use crate::error::Result;
 use crate::lookup::{self, Place};
+use crate::pace;
 use crate::relation::{Snapshot, Table};
 use crate::segment::{BlockReader, Segment};
 
@@ -40,7 +41,7 @@ impl Source<'_> {
         }
         self.keys.clear();
         while self.heads.is_empty() {
-            pgrx::check_for_interrupts!();
+            pace::point();
             let Some(view) = self.reader.next()? else { return Ok(None) };
             for i in 0..view.len() {
                 let entry = view.entry(i);

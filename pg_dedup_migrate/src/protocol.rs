@@ -7,6 +7,7 @@ use pgrx::{JsonB, Uuid};
 use crate::chunk;
 use crate::claim::{self, Verdict};
 use crate::error::{Error, Result};
+use crate::pace;
 
 /// `dedup.version`: version of the extension's library.
 #[pg_extern(immutable, parallel_safe)]
@@ -20,6 +21,7 @@ fn version() -> &'static str {
 /// 22023 for unsorted or truncated digests, 55000 without an open chunk, 53400 when the claims table is full.
 #[pg_extern(volatile, parallel_unsafe)]
 fn claim(run: Uuid, chunk_id: &str, digests: &[u8]) -> Result<Vec<u8>, ErrorReport> {
+    let _pace = pace::of_run(run)?;
     let verdicts = chunk::with_open(run, chunk_id, |chunk| {
         if chunk.claimed {
             return Err(Error::state("the digests of this chunk are claimed already")

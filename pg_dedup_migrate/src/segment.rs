@@ -12,6 +12,7 @@ use pgrx::prelude::*;
 use pgrx::{IntoDatum, pg_sys};
 
 use crate::error::{Error, Result};
+use crate::pace;
 use crate::relation::{self, Access, BytesDatum, Condition, Direction, IndexScan, Inserter, Snapshot, Table};
 
 /// Entries that a block holds at most, roughly: when they have no key.
@@ -120,7 +121,7 @@ impl<'a> SegmentWriter<'a> {
 
     fn flush(&mut self) -> Result<()> {
         // An interrupt between blocks leaves nothing half done: the transaction goes with it.
-        pgrx::check_for_interrupts!();
+        pace::point();
         let Some(first) = self.builder.first_digest() else { return Ok(()) };
         let first = BytesDatum::new(first.as_bytes());
         let entries = BytesDatum::new(&self.builder.finish());
@@ -333,7 +334,7 @@ pub fn for_each_entry(
 ) -> Result<()> {
     reader.start(segment);
     while let Some(block) = reader.next()? {
-        pgrx::check_for_interrupts!();
+        pace::point();
         for i in 0..block.len() {
             visit(&block.entry(i))?;
         }

@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::hash::rows;
 use crate::index::Target;
 use crate::keyset::{every_row, hash_of, qualified_name};
+use crate::pace;
 use crate::passes::Passes;
 use crate::relation::{Access, Snapshot, Table};
 use crate::segment::{self, BlockReader, Segment, next_number};
@@ -99,6 +100,7 @@ pub fn verify_written(
     table_id: i32,
     wait: default!(bool, "false"),
 ) -> Result<Option<i64>, ErrorReport> {
+    let _pace = pace::of_run(run)?;
     Ok(verify(run, table_id, wait)?)
 }
 

@@ -34,6 +34,7 @@ use crate::hash::rows::View;
 use crate::indexing::refuse_row_security;
 use crate::keyset::{KeyRange, KeyTypes};
 use crate::local;
+use crate::pace;
 use crate::sql::{required, stored_checksum};
 
 /// One chunk of a pass.
@@ -168,6 +169,7 @@ pub fn reconcile_chunk(reconciliation_id: i64, chunk_id: &str, records: &[u8]) -
     let records: Vec<_> = wire::records(records)
         .collect::<std::result::Result<_, _>>()
         .map_err(|e| Error::invalid(format!("malformed records: {e}")))?;
+    let _pace = pace::of_run(chunk.run)?;
     Ok(compare::compare(&chunk, records)?)
 }
 

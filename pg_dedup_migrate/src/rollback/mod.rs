@@ -33,6 +33,7 @@ use crate::error::{Error, Result};
 use crate::index::Target;
 use crate::indexing::{lock_exclusively, refuse_row_security};
 use crate::keyset::qualified_name;
+use crate::pace;
 use crate::relation::Snapshot;
 use crate::segment::{self, Segment};
 use crate::sql::required;
@@ -291,6 +292,7 @@ pub fn undo_ordinal(
     refuse_strict_isolation()?;
     let rollback = Rollback::load(rollback_id)?;
     let step = step::Step::load(&rollback, ordinal)?;
+    let _pace = pace::of_run(step.run)?;
     let undone = if step.target.layout.key.is_empty() {
         Some(keyless::undo(&step)?)
     } else {

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use async_speed_limit::Limiter;
 use serde_json::{Value, json};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use uuid::Uuid;
 
 use self::controller::{Bounds, Limits, Memory};
@@ -45,6 +45,8 @@ pub struct Throttle {
     limiter: Limiter,
     /// Of what is written: as fast as is read.
     writing: Limiter,
+    /// The limit was raised: who waits by the old one need not.
+    raised: Notify,
     /// Why it is slowed, and to what.
     note: Mutex<Option<String>>,
 }
@@ -54,6 +56,7 @@ impl Default for Throttle {
         Throttle {
             limiter: Limiter::new(f64::INFINITY),
             writing: Limiter::new(f64::INFINITY),
+            raised: Notify::new(),
             note: Mutex::default(),
         }
     }
@@ -71,12 +74,20 @@ impl std::fmt::Debug for Throttle {
 impl Throttle {
     /// Waits until so many bytes more may have been read.
     pub async fn pace(&self, bytes: usize) {
-        self.limiter.consume(bytes).await;
+        self.wait(&self.limiter, bytes).await;
     }
 
     /// Waits until so many bytes more may have been written.
     pub async fn pace_writing(&self, bytes: usize) {
-        self.writing.consume(bytes).await;
+        self.wait(&self.writing, bytes).await;
+    }
+
+    /// At 1 kB a second a piece is a minute's: that long nobody waits for a limit that is no more.
+    async fn wait(&self, limiter: &Limiter, bytes: usize) {
+        tokio::select! {
+            () = limiter.consume(bytes) => {}
+            () = self.raised.notified() => {}
+        }
     }
 
     /// Reads at most so many bytes a second, whatever signals say; none: no limit.
@@ -91,9 +102,13 @@ impl Throttle {
 
     fn allow(&self, rate: Option<f64>, reason: Option<String>) {
         let limit = rate.unwrap_or(f64::INFINITY);
-        if self.limiter.speed_limit() != limit {
+        let before = self.limiter.speed_limit();
+        if before != limit {
             self.limiter.set_speed_limit(limit);
             self.writing.set_speed_limit(limit);
+            if limit > before {
+                self.raised.notify_waiters();
+            }
         }
         let note = rate.map(|rate| {
             let why = reason.map(|reason| format!(": {reason}")).unwrap_or_default();

@@ -1,8 +1,9 @@
 //! The throttle: a cap from psql, limits that all processes share, signals that slow a run and let it go again.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use integration::pair::Pair;
+use integration::pair::{DATABASE, Pair};
 use integration::sidecar::exit;
 
 /// About 12 MB in 120,000 records.
@@ -68,6 +69,58 @@ async fn a_cap_in_sql() {
     let began = Instant::now();
     db.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
     assert!(began.elapsed() > Duration::from_millis(1500), "{:?} for 2 MB at 1 MB/s", began.elapsed());
+}
+
+/// A cap that is lifted is none for those either who were waiting by it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cap_that_is_lifted() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    pair.both("CREATE TABLE public.wide (id int PRIMARY KEY, body text)").await;
+    pair.source.exec("INSERT INTO public.wide SELECT n, repeat(md5(n::text), 4000) FROM generate_series(1, 20) AS n; ANALYZE public.wide").await;
+    let running = pair.run(&["public.wide"]).args(&["--max-rate", "1kB"]).spawn();
+    db.wait_until("EXISTS (SELECT FROM dedup.processes WHERE read_bytes > 0)").await;
+    let began = Instant::now();
+    db.exec("SELECT dedup.set_rate(run_id, 100000000) FROM dedup.runs").await;
+    let output = running.finish().await;
+    assert_eq!(output.code, Some(exit::DONE), "{}", output.describe());
+    assert!(
+        began.elapsed() < Duration::from_secs(30),
+        "{:?}: one record is two minutes at 1 kB/s",
+        began.elapsed()
+    );
+}
+
+/// Beside a load on both servers a run begins gently, moves, and is let go.
+#[tokio::test(flavor = "multi_thread")]
+async fn beside_a_load_generator() {
+    let pair = Arc::new(loaded().await);
+    let db = &pair.target;
+    // Who looks on is nobody to be spared.
+    pair.both("SET application_name = 'pg-dedup-migrate/test'").await;
+    for cluster in [&pair.source_cluster, &pair.target_cluster] {
+        cluster.program("pgbench", &["-i", "-q", DATABASE]);
+    }
+    let load = ["-S", "-N"].map(|script| {
+        let pair = pair.clone();
+        tokio::task::spawn_blocking(move || {
+            let cluster = if script == "-S" { &pair.source_cluster } else { &pair.target_cluster };
+            cluster.program("pgbench", &["-n", script, "-c", "2", "-R", "50", "-T", "12", DATABASE]);
+        })
+    });
+    db.wait_until("EXISTS (SELECT FROM pg_stat_activity WHERE application_name = 'pgbench' AND state_change > now() - interval '1 s')").await;
+    let flags = ["--min-rate", "100B", "--max-rate", "2MB"];
+    let mut running =
+        pair.throttled_run(&["public.items"]).args(&flags).chunk_size("20kB").workers(2).spawn();
+    running.wait_for("others are at work").await;
+    db.wait_until("EXISTS (SELECT FROM dedup.checkpoints WHERE status = 'verified')").await;
+    assert_ne!(db.one::<String>("SELECT state FROM dedup.throttle").await, "free");
+    for load in load {
+        load.await.unwrap();
+    }
+    running.wait_for("as fast as it goes again").await;
+    let output = running.finish().await;
+    assert_eq!(output.code, Some(exit::DONE), "{}", output.describe());
 }
 
 /// Paused, no chunk is begun two seconds later; resumed, one is.
