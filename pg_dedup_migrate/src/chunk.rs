@@ -7,7 +7,6 @@ use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
-use pg_dedup_record::digest::Digest;
 use pg_dedup_record::fold::Lists;
 use pg_dedup_record::layout::Layout;
 use pgrx::pg_sys::panic::ErrorReport;
@@ -24,7 +23,7 @@ use crate::lookup::{Leaving, Subject};
 use crate::matching::Standing;
 use crate::planning::ByIndex;
 use crate::relation;
-use crate::repair::{self, Repair};
+use crate::repair::{Repair, WithoutRow};
 use crate::shmem::{self, Scope, warmth};
 use crate::sql::required;
 
@@ -67,8 +66,8 @@ pub struct OpenChunk {
     pub stale: Rc<Vec<(Subject, u64)>>,
     /// In a repair: keys of the rows that stand under keys of its records.
     pub own_rows: Rc<HashSet<Vec<u8>>>,
-    /// In a repair: keys of the records that the chunk dropped as duplicates when it finished before, with their contents.
-    pub dropped_before: Rc<HashMap<Vec<u8>, Vec<Digest>>>,
+    /// In a repair: records that had no row when the chunk finished before.
+    pub without_row: Rc<WithoutRow>,
     /// Keys of rows that are too many.
     pub extra: Rc<Vec<Vec<u8>>>,
     /// What an earlier finish of this chunk wrote and is still there.
@@ -385,7 +384,7 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
             repair,
             stale: Rc::default(),
             own_rows: Rc::default(),
-            dropped_before: Rc::default(),
+            without_row: Rc::default(),
             extra: Rc::default(),
             standing: Standing::default(),
             lists: Rc::new(SPARE.take()),
@@ -394,7 +393,7 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
             changed_in: subtransaction(),
         })
     })?;
-    chunk.dropped_before = Rc::new(repair::dropped_before(&chunk)?);
+    chunk.without_row = Rc::new(WithoutRow::of(&chunk)?);
     forget_earlier_finish(&chunk)?;
     lock_index(chunk.target_id, &chunk)?;
     // Whoever ends a run and then waits for the index sees everything that was written for it: nothing is begun after that.

@@ -175,9 +175,15 @@ pub fn draw_ordinal(chunk: &mut OpenChunk) -> Result<i64> {
 }
 
 /// (old digest, key) of the rows this chunk overwrote or removed, sorted: exactly those with a before image, so that what a savepoint
-/// took back is not retracted. Without keys nothing is overwritten.
+/// took back is not retracted. Without keys those that a repair removed.
 fn retractions(chunk: &OpenChunk, ordinal: i64) -> Result<Vec<(Digest, Vec<u8>)>> {
-    if chunk.keyless() { Ok(Vec::new()) } else { with_images(ordinal) }
+    let mut places = with_images(ordinal)?;
+    if chunk.keyless() {
+        // Their images are numbered.
+        places.iter_mut().for_each(|(_, key)| key.clear());
+        places.dedup();
+    }
+    Ok(places)
 }
 
 fn with_images(ordinal: i64) -> Result<Vec<(Digest, Vec<u8>)>> {

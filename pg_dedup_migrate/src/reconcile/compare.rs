@@ -348,22 +348,25 @@ impl<'a> Comparison<'a> {
             return Ok(());
         }
         let standing = self.standing(occupied.iter().map(|(n, ..)| self.strangers[*n].content), snapshot)?;
+        let mut owners = Owners::new(self.chunk.run, self.chunk.target_id);
         let mut found = Vec::new();
         for (n, record, fate) in occupied {
             let stranger = &self.strangers[n];
             let places = standing.get(stranger.content.as_bytes()).map(Vec::as_slice).unwrap_or_default();
-            let is_ours = places.iter().any(|place| place.key == stranger.key);
+            let place = places.iter().find(|place| place.key == stranger.key);
+            let owner = place.map_or(Ok(Owner::Nobody), |place| owners.of(place.ordinal))?;
+            let is_ours = self.is_ours(&owner);
             let kind = if fate == Fate::Dropped && record.content == stranger.content {
                 if !self.stands_elsewhere(&stranger.content, places, &stranger.key)? {
                     continue;
                 }
                 Kind::SurvivingDuplicate
-            } else if !is_ours {
+            } else if owner == Owner::Nobody && place.is_none() {
                 Kind::Foreign
-            } else if fate == Fate::Dropped {
+            } else if is_ours && fate == Fate::Dropped {
                 Kind::Changed
             } else {
-                // The row that stood there before, which the record was to replace.
+                // The row that stood there before, which the record was to replace, or what another run or source of the run has put there.
                 continue;
             };
             found.push((kind, n));
@@ -373,6 +376,14 @@ impl<'a> Comparison<'a> {
             self.findings.add(kind, Some(key), *content);
         }
         Ok(())
+    }
+
+    /// Did the chunk's table of the run write it, or another run from the same source?
+    fn is_ours(&self, owner: &Owner) -> bool {
+        match owner {
+            Owner::Table(table, _) | Owner::SameSource(table) => *table == self.chunk.table_id,
+            Owner::Nobody | Owner::Other => false,
+        }
     }
 
     /// Whether a row under another of these places has the content.
@@ -400,11 +411,7 @@ impl<'a> Comparison<'a> {
                 .get(stranger.content.as_bytes())
                 .and_then(|places| places.iter().find(|p| p.key == stranger.key));
             let owner = place.map_or(Ok(Owner::Nobody), |place| owners.of(place.ordinal))?;
-            let ours = match owner {
-                Owner::Table(table, _) | Owner::SameSource(table) => table == self.chunk.table_id,
-                Owner::Nobody | Owner::Other => false,
-            };
-            let kind = match (ours, self.source_is_same) {
+            let kind = match (self.is_ours(&owner), self.source_is_same) {
                 (true, true) => Kind::Extra,
                 (true, false) => Kind::SourceChanged,
                 (false, _) if owner == Owner::Nobody && self.chunk.counts_rows => Kind::Foreign,

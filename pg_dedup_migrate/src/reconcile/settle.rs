@@ -103,11 +103,15 @@ pub fn settle(reconciliation: i64) -> Result<()> {
     )?)
 }
 
-/// Everything that a run has written under.
+/// Everything that a run has written under; what was kept for it when another run was rolled back is that run's writing.
 fn ordinals_of(run: Uuid) -> Result<HashSet<u64>> {
     Spi::connect(|client| {
         client
-            .select("SELECT ordinal FROM dedup.ordinals WHERE run_id = $1", None, &[run.into()])?
+            .select(
+                "SELECT ordinal FROM dedup.ordinals WHERE run_id = $1 AND heir_of IS NULL",
+                None,
+                &[run.into()],
+            )?
             .map(|row| Ok(required::<i64>(row["ordinal"].value()?)?.cast_unsigned()))
             .collect()
     })

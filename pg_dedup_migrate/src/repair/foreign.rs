@@ -1,31 +1,66 @@
-//! Rows under the key of a record that the chunk dropped as a duplicate: it never wrote one there, so whatever stands there is somebody's.
+//! Rows under the key of a record that the chunk dropped as a duplicate, or set aside: it never wrote one there, so whatever stands there is somebody's.
 use std::collections::{HashMap, HashSet};
 
 use pg_dedup_record::digest::Digest;
+use pgrx::prelude::*;
 
 use crate::chunk::OpenChunk;
 use crate::error::Result;
 use crate::ledger;
 use crate::lookup;
 use crate::matching::Match;
+use crate::sql::required;
 
-/// Keys and contents of the records that a chunk which is repaired dropped when it finished before; of one that is not repaired: none.
-///
-/// # Errors
-/// XX001 for a damaged block.
-pub fn dropped_before(chunk: &OpenChunk) -> Result<HashMap<Vec<u8>, Vec<Digest>>> {
-    let mut dropped: HashMap<Vec<u8>, Vec<Digest>> = HashMap::new();
-    if chunk.repair.is_some() && !chunk.keyless() {
-        ledger::for_each_dropped(chunk.run, &chunk.chunk_id, |entry| {
-            dropped.entry(entry.key.to_vec()).or_default().push(entry.digest);
-        })?;
-    }
-    Ok(dropped)
+/// Records of which a chunk that is repaired had no row when it finished before.
+#[derive(Debug, Default)]
+pub struct WithoutRow {
+    /// Contents of those that were dropped as duplicates, by key.
+    dropped: HashMap<Vec<u8>, Vec<Digest>>,
+    /// Keys of those that were set aside, as texts.
+    set_aside: HashSet<String>,
 }
 
-/// Of the rows found that differ from their records those that are nobody's: the record was dropped, and the index does not know the row. They
-/// are left alone, as if there were none; a record that has to be written after all meets them as a violation of the key. A row with the very content
-/// that was dropped is that record once more, whoever put it there.
+impl WithoutRow {
+    /// Of a chunk that is not repaired, or has no key: none.
+    ///
+    /// # Errors
+    /// XX001 for a damaged block.
+    pub fn of(chunk: &OpenChunk) -> Result<Self> {
+        let mut without = Self::default();
+        if chunk.repair.is_none() || chunk.keyless() {
+            return Ok(without);
+        }
+        ledger::for_each_dropped(chunk.run, &chunk.chunk_id, |entry| {
+            without.dropped.entry(entry.key.to_vec()).or_default().push(entry.digest);
+        })?;
+        Spi::connect(|client| -> Result<()> {
+            let keys = client.select(
+                "SELECT source_key FROM dedup.quarantine WHERE run_id = $1 AND chunk_id = $2 AND source_key IS NOT NULL",
+                None,
+                &[chunk.run.into(), chunk.chunk_id.as_str().into()],
+            )?;
+            for key in keys {
+                without.set_aside.insert(required(key["source_key"].value()?)?);
+            }
+            Ok(())
+        })?;
+        Ok(without)
+    }
+
+    /// Can't a row with this content have been written for the record with its key? One with the very content that was dropped is that record once
+    /// more, whoever put it there.
+    fn rules_out(&self, chunk: &OpenChunk, key: &[u8], content: &Digest) -> Result<bool> {
+        match self.dropped.get(key) {
+            Some(dropped) => Ok(!dropped.contains(content)),
+            None => {
+                Ok(!self.set_aside.is_empty() && self.set_aside.contains(&chunk.key_types.query_string(key)?))
+            }
+        }
+    }
+}
+
+/// Of the rows found that differ from their records those that are nobody's: the record was given no row, and the index does not know this one. They
+/// are left alone, as if there were none; a record that has to be written after all meets them as a violation of the key.
 ///
 /// # Errors
 /// XX001 for a damaged block.
@@ -35,14 +70,15 @@ pub fn not_ours<'k>(
     matches: &[Match],
     key_of: &dyn Fn(u32) -> &'k [u8],
 ) -> Result<HashSet<u32>> {
-    let suspects: Vec<&([u8; 32], u32)> = found
-        .iter()
-        .filter(|(content, n)| {
-            let dropped = chunk.dropped_before.get(key_of(*n));
-            matches[*n as usize] == Match::Changed
-                && dropped.is_some_and(|dropped| !dropped.contains(&Digest(*content)))
-        })
-        .collect();
+    let mut suspects: Vec<&([u8; 32], u32)> = Vec::new();
+    for row in found {
+        let (content, n) = row;
+        if matches[*n as usize] == Match::Changed
+            && chunk.without_row.rules_out(chunk, key_of(*n), &Digest(*content))?
+        {
+            suspects.push(row);
+        }
+    }
     let rows: Vec<(Digest, Vec<u8>)> =
         suspects.iter().map(|&&(digest, n)| (Digest(digest), key_of(n).to_vec())).collect();
     let owners = lookup::owners(chunk.target_id, &rows)?;

@@ -21,7 +21,7 @@ use std::collections::HashSet;
 use pg_dedup_record::digest::Digest;
 use pgrx::prelude::*;
 
-pub use foreign::{dropped_before, not_ours};
+pub use foreign::{WithoutRow, not_ours};
 pub use stale::{retract, still_stale};
 pub use surplus::{remove_extra, twins};
 
@@ -174,10 +174,4 @@ fn entries(chunk: &OpenChunk, digests: Digests<'_>) -> Result<Vec<(Subject, u64)
         entries.extend(found.into_iter().map(|place| ((digest, place.key), place.ordinal)));
     }
     Ok(entries)
-}
-
-fn sorted(mut digests: Vec<[u8; 32]>) -> Vec<[u8; 32]> {
-    digests.sort_unstable();
-    digests.dedup();
-    digests
 }

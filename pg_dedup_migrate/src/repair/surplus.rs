@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use pg_dedup_record::digest::Digest;
 use pgrx::prelude::*;
 
-use super::{Repair, entries, is_indexed, listed, sorted};
+use super::{Repair, is_indexed, listed};
 use crate::by_key::{Reading, rows_under};
 use crate::by_place;
 use crate::chunk::OpenChunk;
@@ -16,8 +16,8 @@ use crate::relation::Snapshot;
 use crate::sql::required;
 use crate::upsert;
 
-/// Rows that are equal to their records and are to be claimed all the same: those whose content an older row holds, too, and, where all that stood in
-/// the table before was indexed, those that the index does not know. They are folded, or get their entry.
+/// Rows that are equal to their records and are to be claimed all the same: those of the run whose content an older row holds, too, and, where all that
+/// stood in the table before was indexed, those that the index does not know. They are folded, or get their entry.
 ///
 /// # Errors
 /// XX001 for a damaged block.
@@ -36,7 +36,8 @@ pub fn twins<'k>(
     let places: HashMap<u32, Vec<lookup::Place>> =
         lookup::places(chunk.target_id, &digests, &wanted, &Snapshot::latest())?.into_iter().collect();
     let indexed = is_indexed(chunk.target_id)?;
-    // Each row with every older place of its content.
+    let own_ordinals = ordinals_of_run(chunk, places.values().flatten().map(|p| p.ordinal))?;
+    // Each row that the run wrote with every older place of its content.
     let mut suspects: Vec<(u32, Subject)> = Vec::new();
     let mut twins = HashSet::new();
     for &(digest, n) in found.iter().filter(|(_, n)| matches[*n as usize] == Match::Unchanged) {
@@ -47,7 +48,8 @@ pub fn twins<'k>(
             twins.extend(indexed.then_some(n));
             continue;
         }
-        let older = places.iter().filter(|p| p.key != key_of(n) && own.is_none_or(|own| p.ordinal < own));
+        let own = own.filter(|own| own_ordinals.contains(own));
+        let older = places.iter().filter(|p| p.key != key_of(n) && own.is_some_and(|own| p.ordinal < own));
         suspects.extend(older.map(|p| (n, (digest, p.key.clone()))));
     }
     let keys: Vec<&[u8]> = suspects.iter().map(|(_, (_, key))| key.as_slice()).collect();
@@ -59,6 +61,21 @@ pub fn twins<'k>(
         Ok(())
     })?;
     Ok(twins)
+}
+
+/// Of these ordinals those of the chunk's run.
+fn ordinals_of_run(chunk: &OpenChunk, ordinals: impl Iterator<Item = u64>) -> Result<HashSet<u64>> {
+    let ordinals: HashSet<i64> = ordinals.map(u64::cast_signed).collect();
+    Spi::connect(|client| {
+        client
+            .select(
+                "SELECT ordinal FROM dedup.ordinals WHERE ordinal = ANY ($1) AND run_id = $2",
+                None,
+                &[ordinals.into_iter().collect::<Vec<_>>().into(), chunk.run.into()],
+            )?
+            .map(|row| Ok(required::<i64>(row["ordinal"].value()?)?.cast_unsigned()))
+            .collect()
+    })
 }
 
 /// Rows of the chunk that the source does not have, as long as they are what was found; locked. A record may have come back since.
@@ -168,11 +185,5 @@ fn remove_by_content(chunk: &mut OpenChunk) -> Result<()> {
         Ok(true)
     })?;
     upsert::keep_keyless_images(chunk, images)?;
-    by_place::delete(chunk.target, &places)?;
-    let entries = entries(chunk, &sorted(extra))?;
-    let mut stale: Vec<(Subject, u64)> = chunk.stale.iter().cloned().chain(entries).collect();
-    stale.sort_unstable();
-    stale.dedup();
-    chunk.stale = stale.into();
-    Ok(())
+    by_place::delete(chunk.target, &places).map(drop)
 }

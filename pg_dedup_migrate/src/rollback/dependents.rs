@@ -165,12 +165,15 @@ pub fn scale(rollback: &Rollback, part: &Part) -> Result<usize> {
         + required(unchanged)?.unsigned_abs() as usize / 16)
 }
 
-/// Have others changed or removed rows of the target after what is taken back?
+/// Have others changed or removed rows of the target after what is taken back, or, in a chunk that was done again, written rows that were gone?
 fn has_later_changes(rollback: &Rollback, part: &Part) -> Result<bool> {
     required(Spi::get_one_with_args(
         "SELECT EXISTS (SELECT FROM dedup.before_images AS b WHERE b.target_id = $1 AND b.ordinal OPERATOR(pg_catalog.>) $4 \
              AND NOT EXISTS (SELECT FROM dedup.rollback_steps AS s WHERE s.ordinal = b.ordinal AND s.undone_at IS NOT NULL) \
-             AND NOT (b.run_id = $2 AND ($3::pg_catalog.text IS NULL OR b.chunk_id = $3)))",
+             AND NOT (b.run_id = $2 AND ($3::pg_catalog.text IS NULL OR b.chunk_id = $3))) \
+         OR EXISTS (SELECT FROM dedup.ordinals AS a JOIN dedup.ordinals AS o USING (run_id, chunk_id) \
+             WHERE o.target_id = $1 AND o.ordinal OPERATOR(pg_catalog.>) $4 AND a.ordinal OPERATOR(pg_catalog.<) o.ordinal \
+             AND NOT (o.run_id = $2 AND ($3::pg_catalog.text IS NULL OR o.chunk_id = $3)))",
         &[
             part.target.id.into(),
             rollback.run.into(),
@@ -181,14 +184,14 @@ fn has_later_changes(rollback: &Rollback, part: &Part) -> Result<bool> {
 }
 
 /// Whether rows of what is taken back have a later history, so that a row which looks as it was written may not be it: others changed some, or a
-/// chunk that was done again did.
+/// chunk was done again. A row that was gone and is written again leaves no before image.
 ///
 /// # Errors
 /// SPI's own.
 pub fn is_overwritten(rollback: &Rollback, parts: &[Part]) -> Result<bool> {
     let again = required(Spi::get_one_with_args::<bool>(
-        "SELECT EXISTS (SELECT FROM dedup.before_images AS b JOIN dedup.ordinals AS o USING (run_id, chunk_id) \
-             WHERE b.run_id = $1 AND ($2::pg_catalog.text IS NULL OR b.chunk_id = $2) AND o.ordinal OPERATOR(pg_catalog.<) b.ordinal)",
+        "SELECT EXISTS (SELECT FROM dedup.ordinals AS a JOIN dedup.ordinals AS o USING (run_id, chunk_id) \
+             WHERE o.run_id = $1 AND ($2::pg_catalog.text IS NULL OR o.chunk_id = $2) AND a.ordinal OPERATOR(pg_catalog.<) o.ordinal)",
         &[rollback.run.into(), rollback.chunk.clone().into()],
     )?)?;
     parts.iter().try_fold(again, |any, part| Ok(any || has_later_changes(rollback, part)?))
@@ -300,6 +303,9 @@ fn by_run(finishes: &BTreeMap<u64, i64>) -> Result<Vec<(Uuid, String, i64)>> {
 fn for_each_replaced(rollback: &Rollback, part: &Part, mut tell: impl FnMut(u64)) -> Result<()> {
     /// Keys looked at together.
     const BATCH: i64 = 20_000;
+    if part.target.layout.key.is_empty() {
+        return Ok(());
+    }
     Spi::connect(|client| {
         let mut cursor = client.open_cursor(
             "SELECT key FROM dedup.before_images WHERE run_id = $1 AND target_id = $2 AND action = 'delete' \

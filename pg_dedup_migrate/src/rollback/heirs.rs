@@ -21,6 +21,8 @@ pub struct HandedOver {
     pub rows: i64,
     /// The ordinals that they stand under now, with those they were written under.
     pub ordinals: HashMap<u64, u64>,
+    /// [`subject`] of those that replaced a row.
+    pub replaced: HashSet<u64>,
 }
 
 /// Whom a row is kept for, and who wrote it: rows of one such pair stand under one new ordinal.
@@ -70,6 +72,7 @@ pub fn hand_over(rollback: &Rollback, part: &Part) -> Result<HandedOver> {
             }
         };
         if images.contains(&subject(place.ordinal, &place.key)) {
+            handed_over.replaced.insert(subject(ordinal, &place.key));
             moved.push(Moved { from: place.ordinal, to: ordinal, key: place.key.clone(), content: *digest });
         }
         handed_over.rows += 1;

@@ -10,7 +10,7 @@ use pg_dedup_record::block::{Entry, Stamp};
 use pg_dedup_record::digest::Digest;
 
 use super::Part;
-use super::heirs::HandedOver;
+use super::heirs::{HandedOver, subject};
 use crate::error::Result;
 use crate::lookup::Place;
 use crate::merge::Merge;
@@ -90,12 +90,15 @@ fn take_apart(
     Ok(())
 }
 
-/// Whether an entry was handed over: another of its content and key was made of it.
+/// Whether an entry was handed over: another of its content and key was made of it, or of a later one whose row was written where none was left.
 pub fn is_handed_over(place: &Place, said: &[Place], handed_over: &HandedOver) -> bool {
-    !place.tombstone
-        && said
-            .iter()
-            .any(|p| p.key == place.key && handed_over.ordinals.get(&p.ordinal) == Some(&place.ordinal))
+    let is_made_of_it = |heir: &Place| {
+        handed_over.ordinals.get(&heir.ordinal).is_some_and(|&writer| {
+            writer == place.ordinal
+                || writer > place.ordinal && !handed_over.replaced.contains(&subject(heir.ordinal, &heir.key))
+        })
+    };
+    !place.tombstone && said.iter().any(|p| p.key == place.key && is_made_of_it(p))
 }
 
 fn entry<'a>(digest: &Digest, place: &'a Place) -> Entry<'a> {

@@ -1,4 +1,6 @@
 //! Before images become rows again.
+use std::collections::BTreeSet;
+
 use pg_dedup_record::sql::quote_ident;
 use pg_dedup_record::{BatchBuilder, pgcopy};
 use pgrx::JsonB;
@@ -24,6 +26,54 @@ const BATCH_BYTES: usize = 8 << 20;
 /// 23000 when the target does not hold what was restored; whatever it refuses the rows with.
 pub fn restore(step: &Step, plan: &Plan<'_>) -> Result<i64> {
     Ok(from_images(step, &plan.update, Way::Update)? + from_images(step, &plan.insert, Way::Insert)?)
+}
+
+/// Puts rows of a table without a key back that a repair deleted, and forgets their images; returns how many. Columns that the run did not deliver take
+/// their defaults.
+///
+/// # Errors
+/// Whatever the target refuses the rows with.
+pub fn restore_keyless(target: &Target, ordinals: &BTreeSet<u64>) -> Result<i64> {
+    let ordinals: Vec<i64> = ordinals.iter().map(|o| o.cast_signed()).collect();
+    let mut restored = 0;
+    let mut put_back = |batch: BatchBuilder| -> Result<()> {
+        let mut batch = batch;
+        batch.push(pgcopy::trailer()).map_err(unreadable)?;
+        let batch = batch.finish().map_err(unreadable)?;
+        copy_in(target.table, &target.layout, &batch, &(0..batch.len() as u32).collect::<Vec<_>>())?;
+        restored += batch.len() as i64;
+        Ok(())
+    };
+    let begin = || -> Result<BatchBuilder> {
+        let mut batch = BatchBuilder::new(&target.layout, true);
+        batch.push(pgcopy::header()).map_err(unreadable)?;
+        Ok(batch)
+    };
+    Spi::connect(|client| -> Result<()> {
+        let mut cursor = client.open_cursor(
+            "SELECT image FROM dedup.before_images WHERE ordinal = ANY ($1)",
+            &[ordinals.clone().into()],
+        );
+        let mut batch = begin()?;
+        loop {
+            // Each may be as large as a row can be.
+            let rows = cursor.fetch(8)?;
+            if rows.is_empty() {
+                return put_back(batch);
+            }
+            for row in rows {
+                let image: Vec<u8> = required(row["image"].value()?)?;
+                batch.push(&image).map_err(unreadable)?;
+                if batch.bytes() > BATCH_BYTES {
+                    put_back(std::mem::replace(&mut batch, begin()?))?;
+                }
+            }
+        }
+    })?;
+    if restored > 0 {
+        Spi::run_with_args("DELETE FROM dedup.before_images WHERE ordinal = ANY ($1)", &[ordinals.into()])?;
+    }
+    Ok(restored)
 }
 
 /// How a row comes back.

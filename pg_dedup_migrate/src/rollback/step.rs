@@ -1,15 +1,16 @@
 //! A finish that is taken back: what it did, and what is to be done about its rows.
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use pg_dedup_record::digest::Digest;
-use pgrx::Uuid;
 use pgrx::prelude::*;
+use pgrx::{JsonB, Uuid};
 
 use super::Rollback;
 use crate::by_key::{Reading, rows_under};
 use crate::error::{Error, Result};
 use crate::hash::layout::stored_layout;
 use crate::index::Target;
+use crate::keyset::KeyTypes;
 use crate::relation::{Access, Snapshot, Table};
 use crate::segment::{self, BlockReader, Segment};
 use crate::sql::{required, stored_digest};
@@ -203,6 +204,38 @@ pub struct Plan<'a> {
     pub update: Vec<&'a [u8]>,
     /// Rows that get their image back by an insertion.
     pub insert: Vec<&'a [u8]>,
+}
+
+/// The target of a step with the columns that each of these finishes was written by, together those with the same.
+///
+/// # Errors
+/// XX001 for damaged state.
+pub fn layouts(step: &Step, ordinals: &BTreeSet<u64>) -> Result<Vec<(BTreeSet<u64>, Target)>> {
+    let ordinals: Vec<i64> = ordinals.iter().map(|o| o.cast_signed()).collect();
+    let found: Vec<(Vec<i64>, JsonB)> = Spi::connect(|client| -> Result<_> {
+        client
+            .select(
+                "SELECT pg_catalog.array_agg(o.ordinal) AS ordinals, t.layout FROM dedup.ordinals AS o LEFT JOIN dedup.checkpoints AS c USING (run_id, chunk_id) \
+                     JOIN dedup.run_tables AS t ON t.run_id = coalesce(o.heir_of, o.run_id) AND t.table_id = coalesce(o.heir_table, c.table_id) \
+                 WHERE o.ordinal = ANY ($1) GROUP BY t.layout",
+                None,
+                &[ordinals.into()],
+            )?
+            .map(|row| Ok((required(row["ordinals"].value()?)?, required(row["layout"].value()?)?)))
+            .collect()
+    })?;
+    let Target { id, table, .. } = step.target;
+    found
+        .into_iter()
+        .map(|(ordinals, layout)| {
+            let layout = stored_layout(layout)?;
+            let key_types = KeyTypes::of(table, &layout)?;
+            Ok((
+                ordinals.into_iter().map(i64::cast_unsigned).collect(),
+                Target { id, table, key_types, layout },
+            ))
+        })
+        .collect()
 }
 
 /// Which of these ordinals leave with the rollback and have not been taken back yet.

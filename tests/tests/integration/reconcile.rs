@@ -668,3 +668,26 @@ async fn runs_that_are_not_ones_own() {
     assert_eq!(state, "55000", "{message}");
     assert!(message.contains("other columns"), "{message}");
 }
+
+/// A record that was dropped, and another source's row under the same key: both are as they should be.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dropped_record_under_the_key_of_another_source() {
+    let pair = Pair::start().await;
+    pair.target.exec("CREATE TABLE public.it (id int PRIMARY KEY, v text)").await;
+    for (name, row) in [("a", "(9, 'd')"), ("b", "(1, 'd')"), ("c", "(1, 'e')")] {
+        pair.source.exec(&format!("CREATE TABLE public.{name} (id int PRIMARY KEY, v text); INSERT INTO public.{name} VALUES {row}; ANALYZE public.{name}")).await;
+    }
+    let tables = ["public.a=public.it", "public.b=public.it", "public.c=public.it"];
+    let flags = [
+        "--exclude-columns",
+        "public.a:id",
+        "--exclude-columns",
+        "public.b:id",
+        "--exclude-columns",
+        "public.c:id",
+    ];
+    pair.run(&tables).args(&flags).workers(1).exits(exit::DONE).await;
+    let rows = pair.target.column("SELECT t::text FROM public.it AS t ORDER BY id").await;
+    assert_eq!(rows, ["(1,e)", "(9,d)"]);
+    pair.reconcile().exits(exit::DONE).await;
+}

@@ -838,3 +838,44 @@ async fn keyless_rows_that_differ_beside_their_content() {
     pair.repair().exits(exit::DONE).await;
     assert_eq!(db.one::<i64>("SELECT count(*) FROM public.lines WHERE x > 0").await, 700);
 }
+
+/// Two equal rows that stood there before any run are nobody's to fold, however they came into the index.
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_from_before_stay() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    pair.both("CREATE TABLE public.items (id int PRIMARY KEY, body text)").await;
+    pair.source
+        .exec("INSERT INTO public.items VALUES (1, 'x'), (2, 'x'), (3, 'z'); ANALYZE public.items")
+        .await;
+    let content = ["--content-columns", "public.items:body"];
+    db.exec("INSERT INTO public.items VALUES (1, 'x')").await;
+    let nothing = [&content[..], &["--where", "public.items:id = 0"]].concat();
+    pair.run(&["public.items"]).args(&nothing).exits(exit::DONE).await;
+    db.exec("INSERT INTO public.items VALUES (2, 'x'); SELECT dedup.index_existing('public.items')").await;
+    pair.run(&["public.items"]).args(&content).exits(exit::DONE).await;
+    pair.reconcile().exits(exit::DONE).await;
+    db.exec("UPDATE public.items SET body = 'tampered' WHERE id = 3").await;
+    pair.reconcile().exits(exit::HALTED).await;
+    pair.repair().exits(exit::DONE).await;
+    let rows = db.column("SELECT t::text FROM public.items AS t ORDER BY id").await;
+    assert_eq!(rows, ["(1,x)", "(2,x)", "(3,z)"]);
+}
+
+/// A row under the key of a record that was set aside is nobody's to overwrite, though the record would be taken now.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_in_the_place_of_one_in_quarantine() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    pair.source.exec("CREATE TABLE public.items (id int PRIMARY KEY, body text); INSERT INTO public.items VALUES (1, 'bad'), (2, 'good'); ANALYZE public.items").await;
+    db.exec(
+        "CREATE TABLE public.items (id int PRIMARY KEY, body text CONSTRAINT good CHECK (body <> 'bad'))",
+    )
+    .await;
+    pair.run(&["public.items"]).exits(exit::LEFT_ASIDE).await;
+    db.exec("ALTER TABLE public.items DROP CONSTRAINT good; INSERT INTO public.items VALUES (1, 'mine'); UPDATE public.items SET body = 'tampered' WHERE id = 2").await;
+    pair.reconcile().exits(exit::HALTED).await;
+    pair.repair().exits(exit::LEFT_ASIDE).await;
+    let rows = db.column("SELECT t::text FROM public.items AS t ORDER BY id").await;
+    assert_eq!(rows, ["(1,mine)", "(2,good)"]);
+}

@@ -11,6 +11,7 @@ use integration::sidecar::exit;
 mod in_the_way;
 mod meanwhile;
 mod other_runs;
+mod repaired;
 mod same_keys;
 
 const RECORDS: Table<'_> = Table {
