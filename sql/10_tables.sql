@@ -114,7 +114,8 @@ CREATE TABLE dedup.throttle (
     controller       jsonb NOT NULL DEFAULT '{}',
     changed_at       timestamptz,
     decided_at       timestamptz,
-    decided_by       uuid
+    decided_by       uuid,
+    turn_ends        timestamptz
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
 COMMENT ON TABLE  dedup.throttle IS 'how fast a run may go, and why: what all of its workers go by, decided once a second by one of them';
 COMMENT ON COLUMN dedup.throttle.run_id IS 'the run';
@@ -127,13 +128,15 @@ COMMENT ON COLUMN dedup.throttle.signals IS 'the signals as they were last read'
 COMMENT ON COLUMN dedup.throttle.controller IS 'what the next decision goes on from';
 COMMENT ON COLUMN dedup.throttle.changed_at IS 'when the limits last changed';
 COMMENT ON COLUMN dedup.throttle.decided_at IS 'when it was last decided';
-COMMENT ON COLUMN dedup.throttle.decided_by IS 'the process that decided, in dedup.processes';
+COMMENT ON COLUMN dedup.throttle.decided_by IS 'the process whose turn it is, or was, in dedup.processes';
+COMMENT ON COLUMN dedup.throttle.turn_ends IS 'when the turn of a process that has not decided yet passes to another; null: it has';
 
 CREATE TABLE dedup.processes (
     process_id       uuid PRIMARY KEY,
     run_id           uuid NOT NULL REFERENCES dedup.runs,
     reported_at      timestamptz NOT NULL,
     lanes            int NOT NULL CHECK (lanes > 0),
+    busy             int NOT NULL CHECK (busy >= 0),
     read_bytes       bigint NOT NULL,
     bytes_per_second float8 NOT NULL
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
@@ -143,6 +146,7 @@ COMMENT ON COLUMN dedup.processes.process_id IS 'the process, chosen by itself';
 COMMENT ON COLUMN dedup.processes.run_id IS 'the run it works on';
 COMMENT ON COLUMN dedup.processes.reported_at IS 'when it last reported, by this server''s clock';
 COMMENT ON COLUMN dedup.processes.lanes IS 'chunks that it has in hand at a time';
+COMMENT ON COLUMN dedup.processes.busy IS 'chunks that it had in hand then';
 COMMENT ON COLUMN dedup.processes.read_bytes IS 'bytes of the source that it has read since it began';
 COMMENT ON COLUMN dedup.processes.bytes_per_second IS 'bytes of the source a second that it read between its last two reports';
 
@@ -492,11 +496,13 @@ BEGIN
         END IF;
     ELSIF OLD.verdict = 'open' AND NEW.verdict = 'clean' AND NEW.sample = 1 AND (OLD.settled_at IS NULL OR EXISTS (
             SELECT FROM dedup.checkpoints AS c LEFT JOIN dedup.reconciled_chunks AS k ON k.reconciliation_id = NEW.reconciliation_id AND k.chunk_id = c.chunk_id
-            WHERE c.run_id = NEW.run_id AND (k.missing_count + k.changed_count + k.extra_count + k.surviving_duplicate_count = 0) IS NOT TRUE)) THEN
+            WHERE c.run_id = NEW.run_id AND (k.missing_count + k.changed_count + k.extra_count + k.surviving_duplicate_count = 0 AND k.compared_at <= OLD.settled_at) IS NOT TRUE)) THEN
         RAISE EXCEPTION 'pass % has not found every chunk of the run right', NEW.reconciliation_id USING ERRCODE = 'object_not_in_prerequisite_state',
             HINT = 'dedup.close_reconcile gives the verdict when every chunk is compared.';
     ELSIF OLD.verdict = 'open' OR (NEW.verdict, NEW.run_id, NEW.is_strict, NEW.sample, NEW.reconciliation_id) = (OLD.verdict, OLD.run_id, OLD.is_strict, OLD.sample, OLD.reconciliation_id)
-        AND (OLD.released_by IS NULL OR NEW.released_by = OLD.released_by) THEN
+        AND (OLD.released_by IS NULL OR NEW.released_by = OLD.released_by)
+        -- What was found strictly is released strictly.
+        AND (NOT OLD.is_strict OR NEW.released_by IS NULL OR (SELECT x.is_strict FROM dedup.reconciliations AS x WHERE x.reconciliation_id = NEW.released_by)) THEN
         RETURN NEW;
     END IF;
     RAISE EXCEPTION 'the verdict of a reconciliation stands' USING ERRCODE = 'object_not_in_prerequisite_state',
@@ -747,6 +753,8 @@ CREATE TABLE dedup.archives (
     manifest_sha256  bytea NOT NULL,
     bytes            bigint NOT NULL,
     began_at         timestamptz NOT NULL,
+    run_status       text NOT NULL,
+    run_ended_at     timestamptz,
     archived_at      timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 CREATE INDEX archives_run ON dedup.archives (run_id);
@@ -757,6 +765,8 @@ COMMENT ON COLUMN dedup.archives.location IS 'where it was put: host and directo
 COMMENT ON COLUMN dedup.archives.manifest_sha256 IS 'SHA-256 of its manifest, which has those of its files';
 COMMENT ON COLUMN dedup.archives.bytes IS 'size of its files';
 COMMENT ON COLUMN dedup.archives.began_at IS 'what happened to the run later is not in it';
+COMMENT ON COLUMN dedup.archives.run_status IS 'the run''s status in it';
+COMMENT ON COLUMN dedup.archives.run_ended_at IS 'dedup.ended_at(run) as it was in it: what is purged is what was archived after that';
 COMMENT ON COLUMN dedup.archives.archived_at IS 'when it was complete';
 
 DO $$

@@ -83,6 +83,19 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION dedup.begin_rollback_of(uuid, text, bool) IS 'the work of begin_rollback and rollback_chunk';
 
+-- A hold on a run with mismatches ends by a rollback, not by the word for it.
+CREATE FUNCTION dedup.keep_rolled_back() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM dedup.rollbacks AS b WHERE b.run_id = NEW.run_id AND b.chunk_id IS NULL) THEN
+        RAISE EXCEPTION 'run % was not rolled back', NEW.run_id USING ERRCODE = 'object_not_in_prerequisite_state', HINT = format('SELECT * FROM dedup.rollback_run(%L);', NEW.run_id);
+    END IF;
+    RETURN NEW;
+END $$;
+COMMENT ON FUNCTION dedup.keep_rolled_back() IS 'trigger: a run is rolled_back by a rollback';
+CREATE TRIGGER keep_rolled_back BEFORE UPDATE ON dedup.runs FOR EACH ROW WHEN (NEW.status = 'rolled_back' AND OLD.status <> 'rolled_back') EXECUTE FUNCTION dedup.keep_rolled_back();
+ALTER TABLE dedup.runs ENABLE ALWAYS TRIGGER keep_rolled_back;
+COMMENT ON TRIGGER keep_rolled_back ON dedup.runs IS 'a run is rolled_back by a rollback';
+
 -- Workers of the run are fenced: the chunks that they are writing are waited for, and none is begun after that.
 CREATE FUNCTION dedup.begin_rollback(run uuid, force bool DEFAULT false) RETURNS bigint
 LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$ SELECT dedup.begin_rollback_of(run, NULL, force) $$;

@@ -34,6 +34,8 @@ pub struct OpenChunk {
     pub run: Uuid,
     /// The chunk.
     pub chunk_id: String,
+    /// The pair of the run that it belongs to.
+    pub table_id: i32,
     /// Number of the target.
     pub target_id: i32,
     /// The target table.
@@ -318,7 +320,7 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
                 "SELECT c.status, c.repair, c.lease, c.backend_pid, c.range_kind, c.range_lower, c.range_upper, \
                         r.status AS run_status, r.pass, \
                         t.keyless OR coalesce(r.options OPERATOR(pg_catalog.->>) 'verify' OPERATOR(pg_catalog.=) 'end', false) AS verified_later, \
-                        t.target_id, t.layout, t.range_comparable, g.target::pg_catalog.oid AS target, \
+                        t.table_id, t.target_id, t.layout, t.range_comparable, g.target::pg_catalog.oid AS target, \
                         g.signature OPERATOR(pg_catalog.=) dedup.signature_of(t.layout) AS fits_index, \
                         EXISTS (SELECT FROM dedup.run_tables AS o WHERE o.run_id = t.run_id AND o.target_id = t.target_id \
                                 AND o.table_id <> t.table_id) AS shares_target \
@@ -365,6 +367,7 @@ pub fn begin(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<bool> {
         Ok(OpenChunk {
             run,
             chunk_id: chunk_id.to_owned(),
+            table_id: required(found["table_id"].value()?)?,
             target_id: required(found["target_id"].value()?)?,
             target,
             pass: required(found["pass"].value()?)?,

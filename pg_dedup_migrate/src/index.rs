@@ -1,5 +1,5 @@
 //! The hash index as SQL sees it: looking contents up, listing entries, figures, warming the filter.
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use pg_dedup_record::block::BlockView;
 use pg_dedup_record::layout::Layout;
@@ -285,6 +285,16 @@ fn filter_stats() -> Result<
     )))
 }
 
+/// Databases that the server has.
+fn databases() -> Result<HashSet<u32>> {
+    Spi::connect(|client| {
+        client
+            .select("SELECT oid FROM pg_catalog.pg_database", None, &[])?
+            .map(|row| Ok(required::<pg_sys::Oid>(row["oid"].value()?)?.to_u32()))
+            .collect()
+    })
+}
+
 /// `dedup.warm_filter`: reads every segment into the filter, so that new contents need no look-up; returns the entries read, 0 when
 /// it was warm.
 ///
@@ -302,7 +312,14 @@ fn warm() -> Result<i64> {
         return Ok(0);
     }
     // The snapshot is taken after the warm-up is announced: what commits later has set its own bits.
-    let generation = warmth::begin_warm_up(database, segment).ok_or_else(|| {
+    let begun = match warmth::begin_warm_up(database, segment) {
+        Some(generation) => Some(generation),
+        None => {
+            warmth::forget_dropped(&databases()?);
+            warmth::begin_warm_up(database, segment)
+        }
+    };
+    let generation = begun.ok_or_else(|| {
         Error::state("the filter cannot be warmed now")
             .detail("The server is in recovery, or shared memory keeps track of as many databases as it can.")
     })?;

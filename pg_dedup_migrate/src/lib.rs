@@ -33,6 +33,7 @@ mod malloc;
 mod matching;
 mod merge;
 mod orphans;
+mod owners;
 mod pace;
 mod passes;
 #[cfg(test)]

@@ -10,11 +10,12 @@ use std::collections::BTreeMap;
 
 use pg_dedup_record::checksum::Checksum;
 use pg_dedup_record::digest::Digest;
-use pgrx::Uuid;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
+use pgrx::{JsonB, Uuid};
 
 use crate::error::{Error, Result};
+use crate::hash::layout::stored_layout;
 use crate::hash::rows;
 use crate::index::Target;
 use crate::keyset::{every_row, hash_of, qualified_name};
@@ -129,7 +130,13 @@ fn verify(run: Uuid, table_id: i32, wait: bool) -> Result<Option<i64>> {
         return Ok(Some(0));
     }
     Spi::run_with_args("SELECT dedup.check_filenodes($1)", &[target_id.into()])?;
-    let target = Target::by_id(target_id)?;
+    let mut target = Target::by_id(target_id)?;
+    // Content and key are the index's; what else was delivered is the run's.
+    let layout: Option<JsonB> = Spi::get_one_with_args(
+        "SELECT layout FROM dedup.run_tables WHERE run_id = $1 AND table_id = $2",
+        &[run.into(), table_id.into()],
+    )?;
+    target.layout = stored_layout(required(layout)?)?;
     compare(run, &target, &mut waiting)?;
     Ok(Some(close(run, &target, &waiting.chunks)?))
 }

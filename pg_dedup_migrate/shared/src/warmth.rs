@@ -101,6 +101,13 @@ impl Warmth {
         Some(Generation { area, number })
     }
 
+    /// Gives the places of databases free that are gone.
+    pub fn forget(&mut self, is_gone: impl Fn(u32) -> bool) {
+        let gone =
+            |place: &&mut Place| place.generation != 0 && place.dirty == 0 && is_gone(place.area.database);
+        self.places.iter_mut().filter(gone).for_each(|place| *place = Place::default());
+    }
+
     /// Ends a warm-up: every entry its snapshot showed is in the filter. `false` if the table was marked cold
     /// meanwhile, so that the work must be done anew.
     pub fn end_warm_up(&mut self, generation: Generation) -> bool {
@@ -195,6 +202,20 @@ mod tests {
         assert!(!warmth.is_warm(area(2)));
         assert!(!warmth.is_warm(Area { database: 6, segment: 1 }));
         assert_eq!(warmth.warm_areas(), 1);
+    }
+
+    #[test]
+    fn places_of_databases_that_are_gone_are_free() {
+        let mut warmth = Warmth::default();
+        let of = |database: u32| Area { database, segment: 1 };
+        for database in 1..=PLACES as u32 {
+            assert!(warm_up(&mut warmth, of(database)));
+        }
+        assert!(!warm_up(&mut warmth, of(1000)));
+        warmth.forget(|database| database == 7);
+        assert!(warm_up(&mut warmth, of(1000)));
+        assert!(!warmth.is_warm(of(7)));
+        assert!(warmth.is_warm(of(8)));
     }
 
     #[test]

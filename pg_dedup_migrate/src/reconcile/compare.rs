@@ -11,12 +11,13 @@ use pgrx::prelude::*;
 
 use super::explained::{Ledger, quarantined};
 use super::report::{Findings, Kind};
-use super::{Chunk, Owner, Owners, Rows, pack_hashes};
+use super::{Chunk, Rows, pack_hashes};
 use crate::by_key::{Reading, rows_under};
 use crate::error::{Error, Result};
 use crate::hash::rows::{self, View};
 use crate::keyset::{KeyRange, column_list, hash_of, qualified_name};
 use crate::lookup::{self, Leaving, Place};
+use crate::owners::{Owner, Owners};
 use crate::planning::ByIndex;
 use crate::relation::Snapshot;
 use crate::sql::required;
@@ -355,7 +356,7 @@ impl<'a> Comparison<'a> {
             let places = standing.get(stranger.content.as_bytes()).map(Vec::as_slice).unwrap_or_default();
             let place = places.iter().find(|place| place.key == stranger.key);
             let owner = place.map_or(Ok(Owner::Nobody), |place| owners.of(place.ordinal))?;
-            let is_ours = self.is_ours(&owner);
+            let is_ours = owner.is_table(self.chunk.table_id);
             let kind = if fate == Fate::Dropped && record.content == stranger.content {
                 if !self.stands_elsewhere(&stranger.content, places, &stranger.key)? {
                     continue;
@@ -376,14 +377,6 @@ impl<'a> Comparison<'a> {
             self.findings.add(kind, Some(key), *content);
         }
         Ok(())
-    }
-
-    /// Did the chunk's table of the run write it, or another run from the same source?
-    fn is_ours(&self, owner: &Owner) -> bool {
-        match owner {
-            Owner::Table(table, _) | Owner::SameSource(table) => *table == self.chunk.table_id,
-            Owner::Nobody | Owner::Other => false,
-        }
     }
 
     /// Whether a row under another of these places has the content.
@@ -411,7 +404,7 @@ impl<'a> Comparison<'a> {
                 .get(stranger.content.as_bytes())
                 .and_then(|places| places.iter().find(|p| p.key == stranger.key));
             let owner = place.map_or(Ok(Owner::Nobody), |place| owners.of(place.ordinal))?;
-            let kind = match (self.is_ours(&owner), self.source_is_same) {
+            let kind = match (owner.is_table(self.chunk.table_id), self.source_is_same) {
                 (true, true) => Kind::Extra,
                 (true, false) => Kind::SourceChanged,
                 (false, _) if owner == Owner::Nobody && self.chunk.counts_rows => Kind::Foreign,
@@ -571,7 +564,8 @@ fn scan_range(
     Ok(())
 }
 
-/// Forgets the chunks of a pass whose rows are others now, or which don't account for a range of rows; returns how many.
+/// Forgets the chunks of a pass whose rows are others now, or which don't account for a range of rows; returns how many. A pass that was settled before it
+/// was cut off is forgotten whole then: what the end of it found stands in the chunks' rows, and it has to come to that end again.
 ///
 /// # Errors
 /// As [`compare`].
@@ -586,6 +580,7 @@ pub fn recheck(reconciliation: i64) -> Result<i64> {
             .map(|row| Ok((required(row["chunk_id"].value()?)?, row["row_checksum"].value()?)))
             .collect()
     })?;
+    let all: Vec<String> = done.iter().map(|(chunk_id, _)| chunk_id.clone()).collect();
     let mut stale: Vec<String> = Vec::new();
     for (chunk_id, known) in done {
         let chunk = Chunk::load(reconciliation, &chunk_id)?;
@@ -601,6 +596,9 @@ pub fn recheck(reconciliation: i64) -> Result<i64> {
         }
         stale.push(chunk_id);
     }
+    if !stale.is_empty() && unsettle(reconciliation)? {
+        stale = all;
+    }
     for table in ["divergences", "reconciled_chunks"] {
         Spi::run_with_args(
             &format!("DELETE FROM dedup.{table} WHERE reconciliation_id = $1 AND chunk_id = ANY ($2)"),
@@ -608,6 +606,21 @@ pub fn recheck(reconciliation: i64) -> Result<i64> {
         )?;
     }
     Ok(stale.len() as i64)
+}
+
+/// The pass has to be settled once more; says whether it was.
+fn unsettle(reconciliation: i64) -> Result<bool> {
+    let settled = Spi::get_one_with_args::<bool>(
+        "SELECT settled_at IS NOT NULL FROM dedup.reconciliations WHERE reconciliation_id = $1 FOR NO KEY UPDATE",
+        &[reconciliation.into()],
+    )?;
+    if settled == Some(true) {
+        Spi::run_with_args(
+            "UPDATE dedup.reconciliations SET settled_at = NULL WHERE reconciliation_id = $1",
+            &[reconciliation.into()],
+        )?;
+    }
+    Ok(settled == Some(true))
 }
 
 /// What rows and entries are counted by: a hash over content and key.

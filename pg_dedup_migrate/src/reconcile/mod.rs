@@ -19,8 +19,6 @@ mod report;
 mod sample;
 mod settle;
 
-use std::collections::HashMap;
-
 use pg_dedup_record::checksum::Checksum;
 use pg_dedup_record::layout::Layout;
 use pg_dedup_record::wire;
@@ -247,42 +245,6 @@ pub fn settle_reconcile(reconciliation_id: i64) -> Result<(), ErrorReport> {
     Ok(settle::settle(reconciliation_id)?)
 }
 
-/// Who wrote an entry, from a run's point of view.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Owner {
-    /// Rows that stood there before any run, or an ordinal that is not known any more.
-    Nobody,
-    /// This run, from this table of it.
-    Table(i32, String),
-    /// An earlier or later run, from what this table of the run reads, too.
-    SameSource(i32),
-    /// A run of another source, or a row that was kept for this run when another one was rolled back.
-    Other,
-}
-
-/// Who wrote what, each ordinal asked for once.
-struct Owners {
-    run: Uuid,
-    target: i32,
-    known: HashMap<u64, Owner>,
-}
-
-impl Owners {
-    fn new(run: Uuid, target: i32) -> Self {
-        Self { run, target, known: HashMap::new() }
-    }
-
-    /// Whose an ordinal is.
-    fn of(&mut self, ordinal: u64) -> Result<Owner> {
-        if let Some(known) = self.known.get(&ordinal) {
-            return Ok(known.clone());
-        }
-        let found = owner(self.run, self.target, ordinal)?;
-        self.known.insert(ordinal, found.clone());
-        Ok(found)
-    }
-}
-
 /// Hashes as `dedup.reconciled_chunks` keeps them.
 fn pack_hashes(hashes: &[u64]) -> Vec<u8> {
     hashes.iter().flat_map(|hash| hash.to_be_bytes()).collect()
@@ -291,32 +253,4 @@ fn pack_hashes(hashes: &[u64]) -> Vec<u8> {
 /// The hashes of [`pack_hashes`].
 fn unpack_hashes(packed: &[u8]) -> impl Iterator<Item = u64> {
     packed.as_chunks::<8>().0.iter().map(|hash| u64::from_be_bytes(*hash))
-}
-
-/// Looks up whose an ordinal is.
-fn owner(run: Uuid, target: i32, ordinal: u64) -> Result<Owner> {
-    Spi::connect(|client| {
-        // Of the same source: the same table of the same system, and this run reads all of it, or the same part.
-        let rows = client.select(
-            "SELECT o.run_id, o.chunk_id, c.table_id, o.heir_of IS NOT NULL AS inherited, ( \
-                 SELECT m.table_id FROM dedup.run_tables AS m JOIN dedup.runs AS mr ON mr.run_id = m.run_id, dedup.run_tables AS t JOIN dedup.runs AS tr ON tr.run_id = t.run_id \
-                 WHERE m.run_id = $1 AND m.target_id = $2 AND t.run_id = o.run_id AND t.table_id = c.table_id AND t.source OPERATOR(pg_catalog.=) m.source \
-                     AND tr.options OPERATOR(pg_catalog.#>>) '{settings,source}' IS NOT DISTINCT FROM mr.options OPERATOR(pg_catalog.#>>) '{settings,source}' \
-                     AND (m.source_spec OPERATOR(pg_catalog.->>) 'where' IS NULL \
-                          OR m.source_spec OPERATOR(pg_catalog.->>) 'where' IS NOT DISTINCT FROM t.source_spec OPERATOR(pg_catalog.->>) 'where') \
-                 ORDER BY m.table_id LIMIT 1) AS same \
-             FROM dedup.ordinals AS o LEFT JOIN dedup.checkpoints AS c USING (run_id, chunk_id) WHERE o.ordinal = $3",
-            Some(1),
-            &[run.into(), target.into(), ordinal.cast_signed().into()],
-        )?;
-        let Some(row) = rows.into_iter().next() else { return Ok(Owner::Nobody) };
-        let inherited = required::<bool>(row["inherited"].value()?)?;
-        Ok(match (row["run_id"].value::<Uuid>()?, row["table_id"].value::<i32>()?) {
-            (None, _) => Owner::Nobody,
-            // What was kept for its records need not be among them.
-            (Some(by), _) if inherited && by == run => Owner::Other,
-            (Some(by), Some(table)) if by == run => Owner::Table(table, required(row["chunk_id"].value()?)?),
-            _ => row["same"].value::<i32>()?.map_or(Owner::Other, Owner::SameSource),
-        })
-    })
 }

@@ -14,7 +14,7 @@ use pgrx::prelude::*;
 
 use super::compare::subject;
 use super::report::{Findings, Kind};
-use super::{Owner, Owners, guard, unpack_hashes};
+use super::{guard, unpack_hashes};
 use crate::by_key::{Reading, rows_under};
 use crate::error::{Error, Result};
 use crate::hash::rows::{self, View};
@@ -23,6 +23,7 @@ use crate::keyset::{every_row, hash_of};
 use crate::ledger;
 use crate::lookup::Place;
 use crate::merge::Merge;
+use crate::owners::{Owner, Owners};
 use crate::passes::{Pass, Passes};
 use crate::relation::{Access, Snapshot, Table};
 use crate::repair::is_indexed;
@@ -111,6 +112,20 @@ fn ordinals_of(run: Uuid) -> Result<HashSet<u64>> {
                 "SELECT ordinal FROM dedup.ordinals WHERE run_id = $1 AND heir_of IS NULL",
                 None,
                 &[run.into()],
+            )?
+            .map(|row| Ok(required::<i64>(row["ordinal"].value()?)?.cast_unsigned()))
+            .collect()
+    })
+}
+
+/// Under which rows were entered that stood in a target before any run, or are nobody's any more.
+fn nobodys_ordinals(target: i32) -> Result<HashSet<u64>> {
+    Spi::connect(|client| {
+        client
+            .select(
+                "SELECT ordinal FROM dedup.ordinals WHERE target_id = $1 AND run_id IS NULL",
+                None,
+                &[target.into()],
             )?
             .map(|row| Ok(required::<i64>(row["ordinal"].value()?)?.cast_unsigned()))
             .collect()
@@ -209,6 +224,8 @@ struct Expected {
     found: u32,
     /// Without keys: how often runs wrote it.
     written: u32,
+    /// Without keys: how often it stood there before any run.
+    before: u32,
     /// Its content stands under another key.
     elsewhere: bool,
     /// Without keys, where a row is more than its content: the beginning of the row's digest, if this run wrote it, and it alone.
@@ -314,16 +331,17 @@ impl Settlement<'_> {
     /// What a row holds leaves `gone`; what the index has and no row holds is added to it.
     fn audit(&mut self, entries: i64, gone: &mut HashSet<[u8; 32]>) -> Result<()> {
         let has_rest = self.keyless() && !self.target.layout.rest.is_empty() && self.is_of_these_columns()?;
+        let nobodys = nobodys_ordinals(self.target.id)?;
         for pass in Passes::of(entries as usize, size_of::<Expected>()).each() {
             let mut expected: Vec<Expected> = Vec::new();
             self.for_each_content(|digest, said, standing| {
                 if pass.has(digest.as_bytes()) {
-                    let written = said
-                        .iter()
-                        .map(|p| if p.tombstone { -1 } else { 1 })
-                        .sum::<i32>()
-                        .max(1)
-                        .cast_unsigned();
+                    let net = |by: &dyn Fn(&&Place) -> bool| {
+                        let signs = said.iter().filter(by).map(|p| if p.tombstone { -1 } else { 1 });
+                        signs.sum::<i32>().max(0).cast_unsigned()
+                    };
+                    let before = net(&|p| nobodys.contains(&p.ordinal));
+                    let written = net(&|p| !nobodys.contains(&p.ordinal));
                     expected.extend(standing.iter().map(|place| {
                         Expected {
                             digest: *digest.as_bytes(),
@@ -331,6 +349,7 @@ impl Settlement<'_> {
                             ordinal: place.ordinal,
                             found: 0,
                             written,
+                            before,
                             elsewhere: false,
                             row: (has_rest && written == 1 && self.ordinals.contains(&place.ordinal))
                                 .then_some(place.row_digest),
@@ -463,8 +482,11 @@ impl Settlement<'_> {
                 // Without keys: one row more than there should be. If the index knows of it, runs wrote it.
                 Some(entry) if keyless && entry.found > 0 => {
                     entry.found += 1;
-                    let kind =
-                        if entry.found <= entry.written { Kind::SurvivingDuplicate } else { Kind::Foreign };
+                    if entry.found <= entry.before {
+                        return Ok(());
+                    }
+                    let known = entry.before + entry.written;
+                    let kind = if entry.found <= known { Kind::SurvivingDuplicate } else { Kind::Foreign };
                     self.add(self.some_chunk(None), kind, &[], content);
                 }
                 Some(entry) => {

@@ -9,6 +9,7 @@ use crate::error::Result;
 use crate::ledger;
 use crate::lookup;
 use crate::matching::Match;
+use crate::owners::Owners;
 use crate::sql::required;
 
 /// Records of which a chunk that is repaired had no row when it finished before.
@@ -59,8 +60,8 @@ impl WithoutRow {
     }
 }
 
-/// Of the rows found that differ from their records those that are nobody's: the record was given no row, and the index does not know this one. They
-/// are left alone, as if there were none; a record that has to be written after all meets them as a violation of the key.
+/// Of the rows found that differ from their records those that are not ours: the record was given no row, and the index has this one as somebody else's,
+/// or not at all. They are left alone, as if there were none; a record that has to be written after all meets them as a violation of the key.
 ///
 /// # Errors
 /// XX001 for a damaged block.
@@ -81,6 +82,17 @@ pub fn not_ours<'k>(
     }
     let rows: Vec<(Digest, Vec<u8>)> =
         suspects.iter().map(|&&(digest, n)| (Digest(digest), key_of(n).to_vec())).collect();
-    let owners = lookup::owners(chunk.target_id, &rows)?;
-    Ok(suspects.into_iter().zip(owners).filter(|(_, owner)| owner.is_none()).map(|((_, n), _)| *n).collect())
+    let places = lookup::owners(chunk.target_id, &rows)?;
+    let mut owners = Owners::new(chunk.run, chunk.target_id);
+    let mut foreign = HashSet::new();
+    for ((_, n), place) in suspects.into_iter().zip(places) {
+        let ours = match place {
+            Some(place) => owners.of(place.ordinal)?.is_table(chunk.table_id),
+            None => false,
+        };
+        if !ours {
+            foreign.insert(*n);
+        }
+    }
+    Ok(foreign)
 }

@@ -8,6 +8,7 @@ use pg_dedup_record::digest::Digest;
 use pgrx::Uuid;
 use pgrx::prelude::*;
 
+use super::heirs::subject;
 use super::{Part, Rollback};
 use crate::by_key::{Reading, rows_under};
 use crate::error::{Error, Result};
@@ -91,12 +92,14 @@ impl Interests {
         (row == sought).then_some(ordinal)
     }
 
-    /// What becomes of the entries of one content that leave; `said` is all that the index says about it, by ordinal.
+    /// What becomes of the entries of one content that leave; `said` is all that the index says about it, by ordinal. A row in the place of one with
+    /// this content may be `kept`, [`subject`] of its entry: then this one does not come back.
     fn judge(
         &self,
         content: &Digest,
         said: &[Place],
         leaves: impl Fn(u64) -> bool,
+        kept: &HashSet<u64>,
         mut tell: impl FnMut(&Place, Fate),
     ) {
         let mut stays: Vec<Place> = Vec::new();
@@ -104,6 +107,11 @@ impl Interests {
         if sought.is_some() {
             stays = said.iter().filter(|p| !leaves(p.ordinal)).cloned().collect();
             lookup::keep_standing(&mut stays);
+            let gone = said
+                .iter()
+                .filter(|p| p.tombstone && leaves(p.ordinal) && kept.contains(&subject(p.ordinal, &p.key)));
+            let gone: Vec<&Place> = gone.collect();
+            stays.retain(|p| !gone.iter().any(|gone| gone.key == p.key && gone.ordinal > p.ordinal));
         }
         for (at, place) in said.iter().enumerate().filter(|(_, p)| leaves(p.ordinal) && !p.tombstone) {
             let next = said[at + 1..].iter().find(|p| p.key == place.key && p.ordinal > place.ordinal);
@@ -197,7 +205,7 @@ pub fn is_overwritten(rollback: &Rollback, parts: &[Part]) -> Result<bool> {
     parts.iter().try_fold(again, |any, part| Ok(any || has_later_changes(rollback, part)?))
 }
 
-/// Walks over the entries that leave, and what becomes of each.
+/// Walks over the entries that leave, and what becomes of each; `kept`: [`subject`] of those that replaced a row and are kept for others.
 ///
 /// # Errors
 /// XX001 for damaged state; what `visit` returns.
@@ -205,6 +213,7 @@ pub fn walk(
     rollback: &Rollback,
     part: &Part,
     entries: usize,
+    kept: &HashSet<u64>,
     mut visit: impl FnMut(&Digest, &Place, Fate) -> Result<()>,
 ) -> Result<()> {
     let snapshot = Snapshot::latest();
@@ -221,6 +230,7 @@ pub fn walk(
                 digest,
                 said,
                 |ordinal| part.has(ordinal),
+                kept,
                 |place, fate| {
                     if told.is_ok() {
                         told = visit(digest, place, fate);
@@ -245,7 +255,7 @@ pub fn refuse(rollback: &Rollback, parts: &[Part]) -> Result<()> {
     for part in parts {
         let entries = scale(rollback, part)?;
         if entries > 0 || has_later_changes(rollback, part)? {
-            walk(rollback, part, entries, |_, _, fate| {
+            walk(rollback, part, entries, &HashSet::new(), |_, _, fate| {
                 match fate {
                     Fate::Goes => {}
                     Fate::Overwritten(by) => *overwritten.entry(by).or_default() += 1,
@@ -299,13 +309,27 @@ fn by_run(finishes: &BTreeMap<u64, i64>) -> Result<Vec<(Uuid, String, i64)>> {
     })
 }
 
-/// Tells the finishes of others that wrote rows under keys whose rows were removed by what is taken back.
+/// Tells the finishes of others that wrote rows under keys whose rows were removed by what is taken back, or found such a row there.
 fn for_each_replaced(rollback: &Rollback, part: &Part, mut tell: impl FnMut(u64)) -> Result<()> {
     /// Keys looked at together.
     const BATCH: i64 = 20_000;
     if part.target.layout.key.is_empty() {
         return Ok(());
     }
+    Spi::connect(|client| -> Result<()> {
+        let found = client.select(
+            "SELECT n.ordinal FROM dedup.before_images AS b JOIN dedup.before_images AS n USING (target_id, key) \
+             WHERE b.run_id = $1 AND b.target_id = $2 AND b.action = 'delete' AND ($3::pg_catalog.text IS NULL OR b.chunk_id = $3) \
+                 AND n.ordinal OPERATOR(pg_catalog.>) b.ordinal AND NOT (n.run_id = $1 AND ($3::pg_catalog.text IS NULL OR n.chunk_id = $3)) \
+                 AND NOT EXISTS (SELECT FROM dedup.rollback_steps AS s WHERE s.ordinal = n.ordinal AND s.undone_at IS NOT NULL)",
+            None,
+            &[rollback.run.into(), part.target.id.into(), rollback.chunk.clone().into()],
+        )?;
+        for row in found {
+            tell(required::<i64>(row["ordinal"].value()?)?.cast_unsigned());
+        }
+        Ok(())
+    })?;
     Spi::connect(|client| {
         let mut cursor = client.open_cursor(
             "SELECT key FROM dedup.before_images WHERE run_id = $1 AND target_id = $2 AND action = 'delete' \
@@ -370,6 +394,7 @@ mod tests {
             &Digest([7; 32]),
             said,
             |o| leaving.contains(&o),
+            &HashSet::new(),
             |p, fate| told.push((p.ordinal, fate)),
         );
         told
@@ -399,6 +424,15 @@ mod tests {
         // The other one is retracted by what leaves: it comes back.
         let said = [place(1, false, 1), place(2, true, 1), place(2, false, 2)];
         assert_eq!(fates(&dropped_by(4), &said, &[2]), [(2, Fate::Goes)]);
+    }
+
+    #[test]
+    fn what_does_not_come_back_is_not_counted_on() {
+        let said = [place(1, false, 1), place(2, true, 1), place(2, false, 2)];
+        let kept = HashSet::from([subject(2, &[1])]);
+        let mut told = Vec::new();
+        dropped_by(4).judge(&Digest([7; 32]), &said, |o| o == 2, &kept, |_, fate| told.push(fate));
+        assert_eq!(told, [Fate::Rested(4)]);
     }
 
     #[test]

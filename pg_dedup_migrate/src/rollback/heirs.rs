@@ -55,7 +55,8 @@ pub fn hand_over(rollback: &Rollback, part: &Part) -> Result<HandedOver> {
         }
         Ok(())
     };
-    walk(rollback, part, entries, |digest, place, fate| {
+    let kept = kept_images(rollback, part, entries, &images)?;
+    walk(rollback, part, entries, &kept, |digest, place, fate| {
         let Fate::Rested(heir) = fate else { return Ok(()) };
         if pending.last().is_some_and(|(last, ..)| last != digest) {
             flush(&mut pending)?;
@@ -91,6 +92,33 @@ pub fn hand_over(rollback: &Rollback, part: &Part) -> Result<HandedOver> {
     let tombstones = move_images(&moved)?;
     segment::write_tombstones(part.target.id, tombstones)?;
     Ok(handed_over)
+}
+
+/// Of the rows that replaced one, [`subject`] of those that are kept. What they replaced does not come back: another row with that content may have to be
+/// kept for want of it, which may have replaced a row, too.
+fn kept_images(
+    rollback: &Rollback,
+    part: &Part,
+    entries: usize,
+    images: &HashSet<u64>,
+) -> Result<HashSet<u64>> {
+    let mut kept = HashSet::new();
+    loop {
+        let mut more = HashSet::new();
+        if !images.is_empty() {
+            walk(rollback, part, entries, &kept, |_, place, fate| {
+                let subject = subject(place.ordinal, &place.key);
+                if matches!(fate, Fate::Rested(_)) && images.contains(&subject) {
+                    more.insert(subject);
+                }
+                Ok(())
+            })?;
+        }
+        if more.is_subset(&kept) {
+            return Ok(kept);
+        }
+        kept.extend(more);
+    }
 }
 
 /// What a before image is known by, within a rollback.

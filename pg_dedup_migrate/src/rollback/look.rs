@@ -180,6 +180,16 @@ impl<'a> Judge<'a, '_> {
     ) -> Result<()> {
         let theirs = self.is_theirs(row);
         match row {
+            // Somebody wrote a row there, which somebody removed again: that one replaced what stood there before.
+            None if next.is_some_and(|next| self.others.contains(&next.ordinal)) => {
+                let next_ordinal = next.map_or(0, |next| next.ordinal);
+                let first = first_after(self.step, &image.key, next, next_ordinal)?;
+                if self.step.forced && first != next_ordinal {
+                    self.findings.tombstones.push(give_image(self.step, &image.key, first)?);
+                } else {
+                    self.leave(&image.key, Some(image), None, row, theirs, Reason::Gone);
+                }
+            }
             None if removed || self.step.forced => self.plan.insert.push(&image.key),
             Some(row) if theirs && self.step.forced => {
                 let first = first_after(self.step, &image.key, next, row.owner.unwrap_or_default())?;

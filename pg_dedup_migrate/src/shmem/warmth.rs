@@ -4,6 +4,7 @@
 //! goes to the segments; a warm-up reads them all; a *stranger*, a transaction that changes the segment
 //! tables other than through claims, makes it cold again. Ask [`is_warm`] after the sweep, not before.
 use std::cell::RefCell;
+use std::collections::HashSet;
 
 pub use pg_dedup_shared::warmth::Generation;
 use pg_dedup_shared::warmth::{Area, Mark};
@@ -36,6 +37,13 @@ pub fn begin_warm_up(database: Oid, segment: Oid) -> Option<Generation> {
         return None;
     }
     attached_if_preloaded()?.warmth_mut().begin_warm_up(area(database, segment))
+}
+
+/// Gives the places of databases free that are not among these.
+pub fn forget_dropped(databases: &HashSet<u32>) {
+    if let Some(shared) = attached_if_preloaded() {
+        shared.warmth_mut().forget(|database| !databases.contains(&database));
+    }
 }
 
 /// Ends a warm-up that has set the bits of every entry of its snapshot. `false` if it was marked cold

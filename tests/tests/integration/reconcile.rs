@@ -691,3 +691,94 @@ async fn a_dropped_record_under_the_key_of_another_source() {
     assert_eq!(rows, ["(1,e)", "(9,d)"]);
     pair.reconcile().exits(exit::DONE).await;
 }
+
+/// A pass that was cut off after its last comparison, and before its verdict, finds the same when it is taken up.
+#[tokio::test(flavor = "multi_thread")]
+async fn cut_off_before_the_verdict() {
+    for table in ["id int PRIMARY KEY, v text", "id text PRIMARY KEY, v text", "id int, v text"] {
+        let pair = Pair::start().await;
+        let db = &pair.target;
+        db.exec(&format!(
+            "CREATE TABLE public.src ({table}); CREATE TABLE public.it (LIKE public.src INCLUDING ALL); INSERT INTO public.src SELECT n, 'v' || n FROM generate_series(1, 100) AS n"
+        ))
+        .await;
+        let run: String = db.one("SELECT dedup.create_run('r')::text").await;
+        db.exec(&format!(
+            "SELECT dedup.add_table('{run}', 'public.src', 'public.it'), dedup.plan_chunks('{run}')"
+        ))
+        .await;
+        db.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+        db.exec("DELETE FROM public.it WHERE v IN ('v7', 'v8', 'v9')").await;
+        let pass: i64 = db.one(&format!("SELECT dedup.begin_reconcile('{run}')")).await;
+        for step in ["recheck_chunks", "reconcile_local_chunks", "settle_reconcile"] {
+            db.exec(&format!("SELECT dedup.{step}({pass})")).await;
+        }
+        db.exec("UPDATE public.it SET v = 'tampered' WHERE v = 'v1'").await;
+        let missing: i64 =
+            db.one(&format!("SELECT sum(missing_count)::int8 FROM dedup.reconcile('{run}')")).await;
+        assert!(missing >= 3, "{missing} missing, {table}");
+        assert_eq!(db.one::<String>("SELECT status FROM dedup.runs").await, "halted", "{table}");
+    }
+}
+
+/// Without keys: two equal rows from before are as many as there were.
+#[tokio::test(flavor = "multi_thread")]
+async fn equal_rows_from_before() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    pair.both("CREATE TABLE public.it (v text)").await;
+    db.exec("INSERT INTO public.it VALUES ('old'), ('old')").await;
+    pair.source.exec("INSERT INTO public.it VALUES ('new'); ANALYZE public.it").await;
+    pair.run(&["public.it"]).exits(exit::DONE).await;
+    pair.reconcile().exits(exit::DONE).await;
+    db.exec("INSERT INTO public.it VALUES ('old')").await;
+    pair.reconcile().exits(exit::DONE).await;
+    let found = db.column("SELECT kind FROM dedup.divergences").await;
+    assert_eq!(found, ["foreign"]);
+}
+
+/// Without keys: each run is compared by the columns that it delivers, and rows that were kept by those of their writer.
+#[tokio::test(flavor = "multi_thread")]
+async fn runs_of_different_columns() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec(
+        "CREATE TABLE public.it (v text, n int, m int); CREATE TABLE public.sa (v text, n int); CREATE TABLE public.sb (LIKE public.it); \
+         INSERT INTO public.sa VALUES ('x', 1), ('y', 1); INSERT INTO public.sb VALUES ('x', 7, 7), ('w', 8, 8)",
+    )
+    .await;
+    let mut runs = Vec::new();
+    for (source, options) in [("sa", r#"{"columns": ["v", "n"]}"#), ("sb", "{}")] {
+        let run: String = db.one(&format!("SELECT dedup.create_run('{source}')::text")).await;
+        db.exec(&format!("SELECT dedup.add_table('{run}', 'public.{source}', 'public.it', NULL, '{{v}}', '{options}'), dedup.plan_chunks('{run}')")).await;
+        db.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+        runs.push(run);
+    }
+    let rows = "SELECT t::text FROM public.it AS t ORDER BY 1";
+    assert_eq!(db.column(rows).await, ["(w,8,8)", "(x,1,)", "(y,1,)"]);
+    assert_eq!(db.column("SELECT DISTINCT status FROM dedup.runs").await, ["done"]);
+    db.exec(&format!("SELECT dedup.rollback_run('{}', true)", runs[0])).await;
+    assert_eq!(db.column(rows).await, ["(w,8,8)", "(x,1,)"]);
+    // So that sums differ, and rows are looked at one by one.
+    db.exec("INSERT INTO public.it VALUES ('foreign', 0, 0)").await;
+    db.exec(&format!("SELECT dedup.reconcile('{}')", runs[1])).await;
+    assert_eq!(db.column("SELECT kind FROM dedup.divergences").await, ["foreign"]);
+    db.exec(&format!("SELECT dedup.rollback_run('{}')", runs[1])).await;
+    assert_eq!(db.column(rows).await, ["(foreign,0,0)"]);
+}
+
+/// A hold does not end by writing that it has.
+#[tokio::test(flavor = "multi_thread")]
+async fn held_by_more_than_a_word() {
+    let pair = items(&BY_NUMBER).await;
+    let db = &pair.target;
+    pair.source.exec("UPDATE public.items SET note = 'later' WHERE n = 7").await;
+    pair.reconcile().exits(exit::DONE).await;
+    pair.reconcile().arg("--strict").exits(exit::HALTED).await;
+    pair.reconcile().exits(exit::HALTED).await;
+    let release = "UPDATE dedup.reconciliations SET released_by = (SELECT max(reconciliation_id) FROM dedup.reconciliations WHERE verdict = 'clean') WHERE verdict = 'mismatch'";
+    for by_hand in ["UPDATE dedup.runs SET status = 'rolled_back'", release] {
+        let (state, message) = db.fails(by_hand).await;
+        assert_eq!(state, "55000", "{message}");
+    }
+}

@@ -8,6 +8,7 @@ use integration::db::Db;
 use integration::pair::Pair;
 use integration::sidecar::exit;
 
+mod between;
 mod in_the_way;
 mod meanwhile;
 mod other_runs;
