@@ -257,7 +257,12 @@ BEGIN
                 COMMIT;
                 PERFORM dedup.check_alerts(run, '5 s');
                 COMMIT;
-                PERFORM pg_catalog.pg_sleep(dedup.pause_after(run, chunk, began));
+                -- A second at a time: the rate may be set anew, the run paused.
+                WHILE dedup.pause_after(run, chunk, began) OPERATOR(pg_catalog.>) 0::pg_catalog.float8
+                    AND (SELECT r.status FROM dedup.runs AS r WHERE r.run_id OPERATOR(pg_catalog.=) run) OPERATOR(pg_catalog.=) 'running' LOOP
+                    PERFORM pg_catalog.pg_sleep(least(1, dedup.pause_after(run, chunk, began)));
+                    COMMIT;
+                END LOOP;
                 EXIT WHEN NOT again;
                 PERFORM pg_catalog.pg_sleep(pg_catalog.random() OPERATOR(pg_catalog.*) 0.2::pg_catalog.float8 OPERATOR(pg_catalog.*) attempt::pg_catalog.float8);
             END LOOP;

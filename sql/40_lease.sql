@@ -72,6 +72,9 @@ BEGIN
         RETURN dedup.warm_filter();
     END IF;
     RETURN 0;
+EXCEPTION WHEN object_not_in_prerequisite_state OR object_in_use THEN
+    RAISE WARNING 'the filter stays cold, which is slower: %', SQLERRM;
+    RETURN 0;
 END $$;
 COMMENT ON FUNCTION dedup.warm_filter_once() IS 'warms a cold filter unless another session is at it; returns the entries read';
 
@@ -91,7 +94,13 @@ BEGIN
     END IF;
     PERFORM dedup.end_stale_leases(run);
     most := (dedup.throttle_holds(run)).active_chunks;
-    IF most IS NOT NULL AND most <= (SELECT count(*) FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.status = 'syncing' AND c.written_at IS NULL) THEN
+    IF most IS NOT NULL THEN
+        -- One after the other: of several that come at once each would count too few.
+        PERFORM pg_advisory_xact_lock(hashtextextended('dedup.lease_chunk ' || run, 0));
+    END IF;
+    -- Of a worker that is silent nobody knows whether it works: its chunk keeps nobody waiting.
+    IF most IS NOT NULL AND most <= (SELECT count(*) FROM dedup.checkpoints AS c LEFT JOIN dedup.workers AS w USING (worker_id)
+            WHERE c.run_id = run AND c.status = 'syncing' AND c.written_at IS NULL AND greatest(c.leased_at, w.heartbeat_at) > clock_timestamp() - interval '20 s') THEN
         RETURN;
     END IF;
     -- Of sources that the worker reads: tables whose parents are written (a repair also deletes, children first) and that nobody takes rows out of, once a lease and not once a chunk; a scalar look-up a parent, so that an index answers it.

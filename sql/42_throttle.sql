@@ -73,49 +73,57 @@ $$;
 COMMENT ON FUNCTION dedup.read_rate(uuid, float8) IS 'bytes a second that a run read over the last so many seconds, or since it is running';
 
 -- A process reports how much it has read and learns how fast it may read on. `turn`: it is to decide about the limits, from this.
-CREATE FUNCTION dedup.throttle_report(run uuid, process uuid, lanes int, read_bytes bigint,
+CREATE FUNCTION dedup.throttle_report(run uuid, process uuid, lanes int, busy int, read_bytes bigint,
     OUT run_status text, OUT allowed float8, OUT by_signals bool, OUT reason text, OUT turn jsonb) RETURNS record
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     r dedup.runs := dedup.run_row(run);
     t dedup.throttle;
     all_lanes bigint;
+    others_busy bigint;
     throughput float8;
     before dedup.processes;
     read_now bigint;
+    least_rate float8 := coalesce((r.options #>> '{settings,throttle,min_rate}')::float8, 1e6);
 BEGIN
     SELECT * INTO before FROM dedup.processes AS p WHERE p.process_id = process;
     -- Of a process that is new here nobody knows when it read what.
     read_now := greatest(0, throttle_report.read_bytes - coalesce(before.read_bytes, throttle_report.read_bytes));
-    INSERT INTO dedup.processes AS p (process_id, run_id, reported_at, lanes, read_bytes, bytes_per_second) VALUES (process, run, clock_timestamp(), throttle_report.lanes, throttle_report.read_bytes, 0)
-    ON CONFLICT (process_id) DO UPDATE SET reported_at = excluded.reported_at, lanes = excluded.lanes, run_id = excluded.run_id, read_bytes = excluded.read_bytes,
+    INSERT INTO dedup.processes AS p (process_id, run_id, reported_at, lanes, busy, read_bytes, bytes_per_second) VALUES (process, run, clock_timestamp(), throttle_report.lanes, throttle_report.busy, throttle_report.read_bytes, 0)
+    ON CONFLICT (process_id) DO UPDATE SET reported_at = excluded.reported_at, lanes = excluded.lanes, busy = excluded.busy, run_id = excluded.run_id, read_bytes = excluded.read_bytes,
         bytes_per_second = read_now / greatest(0.001, extract(epoch FROM excluded.reported_at - p.reported_at)::float8);
     IF read_now > 0 THEN
         INSERT INTO dedup.throughput AS s (run_id, at, process_id, bytes) VALUES (run, dedup.five_seconds(clock_timestamp()), process, read_now)
         ON CONFLICT (run_id, at, process_id) DO UPDATE SET bytes = s.bytes + excluded.bytes;
     END IF;
-    SELECT sum(p.lanes), sum(p.bytes_per_second) INTO all_lanes, throughput FROM dedup.processes AS p
+    SELECT sum(p.lanes), coalesce(sum(p.busy) FILTER (WHERE p.process_id <> process), 0), sum(p.bytes_per_second) INTO all_lanes, others_busy, throughput FROM dedup.processes AS p
     WHERE p.run_id = run AND p.reported_at > clock_timestamp() - interval '5 s';
     run_status := r.status;
-    allowed := dedup.allowed_rate(run) * throttle_report.lanes / greatest(all_lanes, 1);
+    allowed := dedup.allowed_rate(run);
     DELETE FROM dedup.processes AS p WHERE p.run_id = run AND p.reported_at < clock_timestamp() - interval '1 minute';
     by_signals := NOT coalesce((r.options #>> '{settings,throttle,off}')::bool, false);
-    IF NOT by_signals THEN
-        RETURN;
+    IF by_signals THEN
+        INSERT INTO dedup.throttle (run_id) SELECT run WHERE NOT EXISTS (SELECT FROM dedup.throttle AS o WHERE o.run_id = run) ON CONFLICT DO NOTHING;
+        SELECT * INTO t FROM dedup.throttle AS o
+        WHERE o.run_id = run AND (o.decided_at IS NULL OR o.decided_at < clock_timestamp() - interval '0.9 s') AND (o.turn_ends IS NULL OR o.turn_ends < clock_timestamp())
+            -- The query is the owner's to ask. As long as nobody can, it is a signal that can't be read.
+            AND (r.owner = current_user OR r.options #>> '{settings,throttle,query}' IS NULL OR o.decided_at IS NULL OR o.decided_at < clock_timestamp() - interval '5 s') FOR NO KEY UPDATE SKIP LOCKED;
+        IF FOUND THEN
+            UPDATE dedup.throttle AS o SET turn_ends = clock_timestamp() + interval '10 s', decided_by = process WHERE o.run_id = run;
+            turn := jsonb_build_object('byte_rate', t.byte_rate, 'active_chunks', t.active_chunks, 'controller', t.controller, 'throughput', throughput, 'lanes', all_lanes,
+                'options', coalesce(r.options #> '{settings,throttle}', '{}'));
+        END IF;
+        SELECT * INTO t FROM dedup.throttle AS o WHERE o.run_id = run;
+        reason := (SELECT h.reason FROM dedup.throttle_holds(run) AS h WHERE h.state <> 'free');
+        IF coalesce(t.decided_at, t.turn_ends - interval '10 s', CASE WHEN before.process_id IS NOT NULL THEN '-infinity' END::timestamptz) < clock_timestamp() - interval '15 s' THEN
+            allowed := least(allowed, least_rate);
+            reason := coalesce(format('nobody has decided for %s s how fast it may go', extract(epoch FROM clock_timestamp() - t.decided_at)::bigint), 'nobody can decide how fast it may go');
+        END IF;
     END IF;
-    INSERT INTO dedup.throttle (run_id) SELECT run WHERE NOT EXISTS (SELECT FROM dedup.throttle AS o WHERE o.run_id = run) ON CONFLICT DO NOTHING;
-    SELECT * INTO t FROM dedup.throttle AS o
-    WHERE o.run_id = run AND (o.decided_at IS NULL OR o.decided_at < clock_timestamp() - interval '0.9 s')
-        -- The query is the owner's to ask.
-        AND (r.owner = current_user OR r.options #>> '{settings,throttle,query}' IS NULL) FOR NO KEY UPDATE SKIP LOCKED;
-    IF FOUND THEN
-        UPDATE dedup.throttle AS o SET decided_at = clock_timestamp(), decided_by = process WHERE o.run_id = run;
-        turn := jsonb_build_object('byte_rate', t.byte_rate, 'active_chunks', t.active_chunks, 'controller', t.controller, 'throughput', throughput, 'lanes', all_lanes,
-            'options', coalesce(r.options #> '{settings,throttle}', '{}'));
-    END IF;
-    reason := (SELECT h.reason FROM dedup.throttle_holds(run) AS h WHERE h.state <> 'free');
+    -- Whoever has chunks in hand shares it.
+    allowed := allowed * greatest(throttle_report.busy, 1) / (others_busy + greatest(throttle_report.busy, 1));
 END $$;
-COMMENT ON FUNCTION dedup.throttle_report(uuid, uuid, int, bigint) IS 'a process says how much it has read and learns the run''s status and its share of the rate; turn: what it is to decide from, about once a second for one of them';
+COMMENT ON FUNCTION dedup.throttle_report(uuid, uuid, int, int, bigint) IS 'a process says how much it has read and learns the run''s status and its share of the rate; turn: what it is to decide from, about once a second for one of them';
 
 CREATE FUNCTION dedup.throttle_decide(run uuid, process uuid, byte_rate bigint, active_chunks int, state text, reason text, signals jsonb, controller jsonb) RETURNS bool
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -127,7 +135,7 @@ BEGIN
         RETURN false;
     END IF;
     UPDATE dedup.throttle AS t
-    SET byte_rate = throttle_decide.byte_rate, active_chunks = throttle_decide.active_chunks, state = throttle_decide.state, reason = throttle_decide.reason,
+    SET decided_at = clock_timestamp(), turn_ends = NULL, byte_rate = throttle_decide.byte_rate, active_chunks = throttle_decide.active_chunks, state = throttle_decide.state, reason = throttle_decide.reason,
         signals = throttle_decide.signals, controller = throttle_decide.controller,
         changed_at = CASE WHEN (old.byte_rate, old.active_chunks) IS DISTINCT FROM (throttle_decide.byte_rate, throttle_decide.active_chunks) THEN clock_timestamp() ELSE old.changed_at END
     WHERE t.run_id = run;
@@ -183,8 +191,9 @@ CREATE FUNCTION dedup.replication_lag() RETURNS jsonb
 LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
     SELECT CASE WHEN count(*) = 0 THEN NULL
                 WHEN bool_or(s.state IS NULL) THEN '{"unknown": "standbys may not be seen; GRANT pg_monitor"}'
+                WHEN bool_or(s.state = 'catchup') THEN '{"bad": "a standby is catching up"}'
                 ELSE to_jsonb(coalesce(max(extract(epoch FROM s.replay_lag)), 0)::float8) END
-    FROM pg_stat_replication AS s WHERE s.state IS NULL OR s.state = 'streaming'
+    FROM pg_stat_replication AS s WHERE s.state IS NULL OR s.state IN ('streaming', 'catchup')
 $$;
 COMMENT ON FUNCTION dedup.replication_lag() IS 'seconds that the slowest standby replays behind; null: there is none';
 

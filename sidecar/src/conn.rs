@@ -57,6 +57,10 @@ impl Role {
     }
 }
 
+/// In a select list: the statement's commit waits neither for the disk nor for a standby. For what is said again a second later: who does not answer
+/// must not hold up signs of life.
+pub const UNWAITED: &str = "pg_catalog.set_config('synchronous_commit', 'off', true)";
+
 /// How long a session's end may take.
 const GOODBYE: Duration = Duration::from_secs(1);
 

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, IsTerminal, Write};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -19,6 +19,8 @@ use pg_dedup_record::fold::Books;
 pub struct Counters {
     /// Bytes of chunks that are being read or written.
     pub reading: AtomicU64,
+    /// Those chunks.
+    pub busy: AtomicU32,
     /// Bytes of committed chunks.
     pub bytes: AtomicU64,
     /// Records of committed chunks.

@@ -5,7 +5,7 @@ use serde_json::Value;
 use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
-use crate::conn::{Session, protocol_error};
+use crate::conn::{Session, UNWAITED, protocol_error};
 use crate::error::{At, Error, Kind, Policy, Result, Side};
 use crate::source::{Range, RangeKind};
 use crate::throttle::Throttle;
@@ -41,13 +41,8 @@ where
 
 /// A sign of life; answers the run's status.
 pub async fn heartbeat(session: &Session, worker: Uuid, run: Uuid, info: &Value) -> Result<String> {
-    call(
-        session,
-        "heartbeat",
-        "SELECT dedup.heartbeat($1::uuid, $2::uuid, $3::jsonb)",
-        &[&worker, &run, info],
-    )
-    .await
+    let sql = format!("SELECT dedup.heartbeat($1::uuid, $2::uuid, $3::jsonb), {UNWAITED}");
+    call(session, "heartbeat", &sql, &[&worker, &run, info]).await
 }
 
 /// The next chunk; `None`: nothing to take now.

@@ -61,7 +61,7 @@ pub async fn read_chunk(
         Some(batch) => BatchBuilder::reusing(batch, &table.layout, table.keyless),
         None => BatchBuilder::new(&table.layout, table.keyless),
     };
-    let mut in_flight = InFlight { counters: counters.clone(), bytes: 0 };
+    let mut in_flight = InFlight::begin(counters);
     let batch = copy_out(source, &sql, builder, &mut in_flight).await;
     if let Extent::AllUnder(_) = extent {
         source.client.batch_execute("ROLLBACK").await.at(Side::Source, "leaving the snapshot")?;
@@ -128,6 +128,11 @@ pub struct InFlight {
 }
 
 impl InFlight {
+    fn begin(counters: &Arc<Counters>) -> Self {
+        counters.busy.fetch_add(1, Ordering::Relaxed);
+        Self { counters: counters.clone(), bytes: 0 }
+    }
+
     fn add(&mut self, bytes: u64) {
         self.bytes += bytes;
         self.counters.reading.fetch_add(bytes, Ordering::Relaxed);
@@ -136,6 +141,7 @@ impl InFlight {
 
 impl Drop for InFlight {
     fn drop(&mut self) {
+        self.counters.busy.fetch_sub(1, Ordering::Relaxed);
         self.counters.reading.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }

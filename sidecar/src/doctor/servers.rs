@@ -44,6 +44,7 @@ pub async fn check_source(
     }
     check_pooler(endpoint, source, findings).await?;
     check_timeouts(endpoint, findings).await?;
+    check_sight(source, "source", findings).await?;
     // A reader a lane, a planner each while planning, and one that asks or keeps a snapshot.
     check_connections(source, i64::from(worker::lanes(job.workers)) + 3, findings).await
 }
@@ -66,8 +67,24 @@ pub async fn check_target(
     check_pooler(endpoint, target, findings).await?;
     check_settings(target, findings).await?;
     check_timeouts(endpoint, findings).await?;
-    // A writer a lane, heartbeat, administration, and a vacuum each at the end when the writers are gone.
-    check_connections(target, i64::from(worker::lanes(job.workers)) + 4, findings).await
+    check_sight(target, "target", findings).await?;
+    // A writer a lane, heartbeat, throttle (two), observer, administration, and a vacuum each at the end when the writers are gone.
+    check_connections(target, i64::from(worker::lanes(job.workers)) + 5, findings).await
+}
+
+/// Whether the throttle may see who else is at work.
+async fn check_sight(session: &Session, place: &'static str, findings: &mut Findings) -> Result<()> {
+    let may_see = "SELECT coalesce((SELECT pg_catalog.pg_has_role(oid, 'USAGE') FROM pg_catalog.pg_roles WHERE rolname = 'pg_read_all_stats'), false)";
+    if !flag(session, may_see).await? {
+        findings
+            .add(
+                Level::Warning,
+                place,
+                "sessions, snapshots and standbys of others may not be seen, and what the throttle can't read is bad: a run goes at its least rate",
+            )
+            .hint("GRANT pg_read_all_stats to the role, or run with --no-throttle");
+    }
+    Ok(())
 }
 
 /// Memory and disk for the size that is planned.

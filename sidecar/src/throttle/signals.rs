@@ -13,8 +13,8 @@ const PROBES: usize = 20;
 const LATENCY_FACTOR: f64 = 1.5;
 /// Milliseconds above the usual that are put up with all the same.
 const LATENCY_SLACK: f64 = 1.0;
-/// Part of the usual that it moves toward what is measured while the run is at its least rate.
-const DRIFT: f64 = 0.02;
+/// Part of the way that the usual moves toward what is measured: one low measurement among many is not usual.
+const DRIFT: f64 = 0.1;
 
 /// Latencies of a server, and what is usual for it.
 #[derive(Debug, Default)]
@@ -42,13 +42,11 @@ impl Latency {
         sorted.get(sorted.len() * 9 / 10).copied()
     }
 
-    /// Keeps what is usual: the lowest that was measured. While the run hardly moves what is measured is not its doing, and becomes usual.
+    /// Keeps what is usual: what is measured when it is low. While the run hardly moves what is measured is not its doing, and becomes usual, too.
     pub fn learn(&mut self, hardly_moving: bool) {
         let Some(high) = self.high() else { return };
         let usual = self.usual.get_or_insert(high);
-        if high < *usual {
-            *usual = high;
-        } else if hardly_moving {
+        if high < *usual || hardly_moving {
             *usual += (high - *usual) * DRIFT;
         }
     }
@@ -65,7 +63,7 @@ impl Latency {
     }
 }
 
-/// Thresholds, with what a run may set.
+/// What is too much.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Thresholds {
     /// Seconds that a standby may be behind.
@@ -107,13 +105,14 @@ pub fn verdicts(
         match reading(signals, &format!("{side}_sessions")) {
             Reading::Value(0.0) | Reading::Absent => {}
             // Of whom nothing may be seen may be there.
-            Reading::Value(_) | Reading::Unknown(_) => bad.extend(latency.verdict(name)),
+            Reading::Value(_) | Reading::Unknown(_) | Reading::Bad(_) => bad.extend(latency.verdict(name)),
         }
     }
     let mut above = |name: &str, limit: f64, say: &dyn Fn(f64) -> String| match reading(signals, name) {
         Reading::Value(value) if value > limit => bad.push(say(value)),
         Reading::Value(_) | Reading::Absent => {}
         Reading::Unknown(why) => bad.push(format!("{} can't be read: {why}", name.replace('_', " "))),
+        Reading::Bad(why) => bad.push(why),
     };
     above("replication_lag", thresholds.replication_lag, &|lag| format!("a standby is {lag:.1} s behind"));
     for side in ["source", "target"] {
@@ -131,6 +130,9 @@ pub fn verdicts(
     above("snapshot_age", thresholds.snapshot_age, &|age| {
         format!("the source's oldest snapshot is {:.0} min old", age / 60.0)
     });
+    for name in ["wal_position", "wal_room"] {
+        above(name, f64::INFINITY, &|_| String::new());
+    }
     above("query", 0.0, &|value| format!("the throttle query says {value}"));
     if let (Reading::Value(room), Some(rate)) = (reading(signals, "wal_room"), wal_per_second)
         && rate * thresholds.wal_seconds > room
@@ -144,7 +146,7 @@ pub fn verdicts(
 pub fn somebody_is_at_work(signals: &Value) -> bool {
     ["source_sessions", "target_sessions"].into_iter().any(|name| match reading(signals, name) {
         Reading::Value(count) => count > 0.0,
-        Reading::Unknown(_) => true,
+        Reading::Unknown(_) | Reading::Bad(_) => true,
         Reading::Absent => false,
     })
 }
@@ -155,12 +157,17 @@ enum Reading {
     /// There is no such thing here.
     Absent,
     Unknown(String),
+    /// It says itself what is wrong.
+    Bad(String),
 }
 
 fn reading(signals: &Value, name: &str) -> Reading {
     match &signals[name] {
         Value::Null => Reading::Absent,
         Value::Number(number) => Reading::Value(number.as_f64().unwrap_or(f64::INFINITY)),
+        Value::Object(object) if object.contains_key("bad") => {
+            Reading::Bad(object["bad"].as_str().unwrap_or(name).to_owned())
+        }
         other => Reading::Unknown(other["unknown"].as_str().unwrap_or("not a number").to_owned()),
     }
 }

@@ -110,15 +110,14 @@ async fn beside_a_load_generator() {
     });
     db.wait_until("EXISTS (SELECT FROM pg_stat_activity WHERE application_name = 'pgbench' AND state_change > now() - interval '1 s')").await;
     let flags = ["--min-rate", "100B", "--max-rate", "2MB"];
-    let mut running =
-        pair.throttled_run(&["public.items"]).args(&flags).chunk_size("20kB").workers(2).spawn();
+    let mut running = pair.throttled_run(&["public.items"]).args(&flags).chunk_size("2kB").workers(2).spawn();
     running.wait_for("others are at work").await;
-    db.wait_until("EXISTS (SELECT FROM dedup.checkpoints WHERE status = 'verified')").await;
-    assert_ne!(db.one::<String>("SELECT state FROM dedup.throttle").await, "free");
+    db.wait_until("EXISTS (SELECT FROM dedup.checkpoints WHERE status = 'verified') AND (SELECT state FROM dedup.throttle) <> 'free'").await;
     for load in load {
         load.await.unwrap();
     }
     running.wait_for("as fast as it goes again").await;
+    db.exec("UPDATE dedup.runs SET options = options #- '{settings,throttle,max_rate}'").await;
     let output = running.finish().await;
     assert_eq!(output.code, Some(exit::DONE), "{}", output.describe());
 }
@@ -162,12 +161,28 @@ async fn what_may_not_be_seen() {
         .one("SELECT dedup.create_run('asks', '{\"settings\": {\"throttle\": {\"query\": \"SELECT 1\"}}}')::text")
         .await;
     let turn =
-        format!("SELECT turn IS NOT NULL FROM dedup.throttle_report('{run}', gen_random_uuid(), 1, 0)");
-    db.exec("SET ROLE loader").await;
-    assert!(!db.one::<bool>(&turn).await);
-    db.exec("RESET ROLE").await;
+        format!("SELECT turn IS NOT NULL FROM dedup.throttle_report('{run}', gen_random_uuid(), 1, 0, 0)");
+    // The first turn is anybody's, the next one the owner's, until it is clear that none comes.
     assert!(db.one::<bool>(&turn).await);
-    // Limits by signals end when nobody decides any more.
+    let ago = async |seconds: i32| {
+        let set = format!(
+            "UPDATE dedup.throttle SET turn_ends = NULL, decided_at = clock_timestamp() - interval '{seconds} s'"
+        );
+        db.exec(&set).await;
+    };
+    for (role, seconds, is_turn) in [("loader", 2, false), ("postgres", 2, true), ("loader", 6, true)] {
+        ago(seconds).await;
+        db.exec(&format!("SET ROLE {role}")).await;
+        assert_eq!(db.one::<bool>(&turn).await, is_turn, "{role}, {seconds} s");
+        // Whoever has the turn has time to decide.
+        assert!(!db.one::<bool>(&turn).await);
+        db.exec("RESET ROLE").await;
+    }
+    // Where nobody decides any more nobody knows what is borne.
+    ago(20).await;
+    let allowed = turn.replace("turn IS NOT NULL", "allowed || ' ' || reason");
+    let told: String = db.one(&allowed).await;
+    assert!(told.starts_with("1000000 nobody has decided"), "{told}");
     db.exec(&format!("UPDATE dedup.throttle SET byte_rate = 1000, active_chunks = 1 WHERE run_id = '{run}'"))
         .await;
     assert_eq!(db.one::<Option<f64>>(&format!("SELECT dedup.allowed_rate('{run}')")).await, Some(1000.0));
@@ -232,4 +247,63 @@ async fn wal_that_slots_keep() {
     let told: f64 =
         db.one("SELECT (dedup.target_signals(dedup.create_run('r')) ->> 'wal_kept')::float8").await;
     assert!(told >= now, "{told}");
+}
+
+/// Several processes, and a query that takes longer than a turn: it is decided all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_query_that_takes_long() {
+    let pair = loaded().await;
+    let db = &pair.target;
+    db.exec("SET application_name = 'pg-dedup-migrate/test'; CREATE TABLE public.busy (busy int); INSERT INTO public.busy VALUES (0)").await;
+    let flags = [
+        "--throttle-query",
+        "SELECT busy FROM public.busy, pg_sleep(1.5)",
+        "--min-rate",
+        "50kB",
+        "--max-rate",
+        "200kB",
+    ];
+    let first = pair.throttled_run(&["public.items"]).args(&flags).chunk_size("20kB").spawn();
+    db.wait_until("EXISTS (SELECT FROM dedup.checkpoints WHERE status = 'verified')").await;
+    let run: String = db.one("SELECT run_id::text FROM dedup.runs").await;
+    let others: Vec<_> = (0..2).map(|_| pair.sidecar("work").arg(&run).spawn()).collect();
+    db.wait_until("(SELECT count(*) FROM dedup.processes WHERE reported_at > now() - interval '2 s') = 3")
+        .await;
+    db.exec("UPDATE public.busy SET busy = 1").await;
+    db.wait_until("EXISTS (SELECT FROM dedup.throttle WHERE state = 'slowed' AND byte_rate = 50000)").await;
+    db.exec(
+        "UPDATE public.busy SET busy = 0; UPDATE dedup.runs SET options = options #- '{settings,throttle}'",
+    )
+    .await;
+    for process in [first].into_iter().chain(others) {
+        let output = process.finish().await;
+        assert_eq!(output.code, Some(exit::DONE), "{}", output.describe());
+    }
+}
+
+/// A standby that does not answer holds commits up: that is bad, and does not stop deciding, nor a new cap, nor signs of life.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_that_does_not_answer() {
+    let pair = loaded().await;
+    let db = &pair.target;
+    let flags = ["--max-rate", "1MB", "--min-rate", "100kB"];
+    let mut running = pair.throttled_run(&["public.items"]).args(&flags).chunk_size("100kB").spawn();
+    db.wait_until("EXISTS (SELECT FROM dedup.checkpoints WHERE status = 'verified')").await;
+    db.exec("SET synchronous_commit = local").await;
+    let standbys = async |names: &str| {
+        db.exec(&format!("ALTER SYSTEM SET synchronous_standby_names = '{names}'")).await;
+        db.exec("SELECT pg_reload_conf()").await;
+    };
+    standbys("nobody").await;
+    db.wait_until(
+        "EXISTS (SELECT FROM dedup.throttle WHERE state = 'slowed' AND reason LIKE '%no answer within 5 s%')",
+    )
+    .await;
+    db.exec("SELECT dedup.set_rate(run_id, 70000) FROM dedup.runs").await;
+    running.wait_for("slowed to 0.1 MB/s").await;
+    db.wait_until("(SELECT max(heartbeat_at) FROM dedup.workers) > clock_timestamp() - interval '3 s'").await;
+    standbys("").await;
+    db.exec("SELECT dedup.set_rate(run_id, 100000000) FROM dedup.runs; UPDATE dedup.runs SET options = options #- '{settings,throttle}'").await;
+    let output = running.finish().await;
+    assert_eq!(output.code, Some(exit::DONE), "{}", output.describe());
 }

@@ -1,0 +1,305 @@
+//! What source and target bear: probed all the time, decided when it is this process's turn.
+//!
+//! ```text
+//!   source: probes, sessions, snapshots ──────┐
+//!   target: probes, sessions, lag, WAL, query ┴─signals──▶ controller ──▶ throttle_decide
+//! ```
+//!
+//! Its sessions are its own: a commit that waits for a standby which does not answer, or a query of the user's that takes long, holds up nothing else.
+//! Whatever does not answer in time is a signal that can't be read, which is bad.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tokio::sync::{mpsc, watch};
+use uuid::Uuid;
+
+use super::controller::{self, Bounds, Limits, Memory};
+use super::signals::{self, Latency, Thresholds};
+use super::{LEAST_RATE, REPORT, in_time};
+use crate::conn::{Endpoint, Role, Session, UNWAITED};
+use crate::error::{At, Error, Result, Side};
+
+/// Time between two probes.
+const PROBE: Duration = Duration::from_millis(100);
+
+/// A server that is probed.
+struct Probed {
+    side: Side,
+    endpoint: Arc<Endpoint>,
+    session: Option<Session>,
+    latency: Latency,
+    /// Why it can't be probed.
+    unprobed: Option<String>,
+}
+
+impl Probed {
+    fn new(side: Side, endpoint: Arc<Endpoint>) -> Self {
+        Self { side, endpoint, session: None, latency: Latency::default(), unprobed: None }
+    }
+
+    /// The session, opened anew where there is none.
+    async fn session(&mut self) -> Result<&Session> {
+        let session = match self.session.take().filter(|session| !session.is_closed()) {
+            Some(session) => session,
+            None => in_time(self.side, "connecting", self.endpoint.connect(Role::Heartbeat)).await?,
+        };
+        Ok(self.session.insert(session))
+    }
+
+    /// Of the source a trivial query, of the target a commit that waits for the disk and writes next to nothing.
+    async fn probe(&mut self) {
+        let (doing, sql) = match self.side {
+            Side::Target => (
+                "probing the target",
+                "SELECT pg_catalog.pg_logical_emit_message(true, 'pg_dedup_migrate', '')",
+            ),
+            _ => ("probing the source", "SELECT pg_catalog.count(*) FROM pg_catalog.pg_namespace"),
+        };
+        let side = self.side;
+        let probed = async {
+            let session = self.session().await?;
+            let began = Instant::now();
+            in_time(side, doing, async { session.client.batch_execute(sql).await.at(side, doing) }).await?;
+            Ok::<_, Error>(began.elapsed().as_secs_f64() * 1e3)
+        };
+        match probed.await {
+            Ok(milliseconds) => {
+                self.latency.add(milliseconds);
+                self.unprobed = None;
+            }
+            // A server that is away, a standby that was made of the target, or a function that was taken from the role.
+            Err(error) => {
+                self.unprobed = Some(error.to_string());
+                self.give_up().await;
+            }
+        }
+    }
+
+    /// What is still being waited for is of no use any more.
+    async fn give_up(&mut self) {
+        if let Some(session) = self.session.take() {
+            session.cancel().await;
+        }
+    }
+}
+
+/// Knows what the servers bear, and decides.
+pub struct Decider {
+    source: Option<Probed>,
+    target: Probed,
+    run: Uuid,
+    process: Uuid,
+    /// Where the target's WAL was at the last decision.
+    wal: Option<(Instant, f64)>,
+}
+
+impl Decider {
+    /// Without a source only the target is looked at.
+    pub fn new(source: Option<Arc<Endpoint>>, target: Arc<Endpoint>, run: Uuid, process: Uuid) -> Self {
+        Self {
+            source: source.map(|source| Probed::new(Side::Source, source)),
+            target: Probed::new(Side::Target, target),
+            run,
+            process,
+            wal: None,
+        }
+    }
+
+    /// Probes, and decides whenever a turn comes, until that is dropped by whom it comes from.
+    pub async fn go_on(mut self, mut turns: mpsc::Receiver<Value>, mut by_signals: watch::Receiver<bool>) {
+        while by_signals.wait_for(|count| *count).await.is_ok() {
+            let next = Instant::now() + PROBE;
+            self.probe().await;
+            match turns.try_recv() {
+                Ok(turn) => {
+                    if let Err(error) = self.decide(&turn).await {
+                        tracing::debug!("no decision: {error}");
+                        self.target.give_up().await;
+                    }
+                }
+                Err(mpsc::error::TryRecvError::Empty) => tokio::time::sleep_until(next.into()).await,
+                Err(mpsc::error::TryRecvError::Disconnected) => return,
+            }
+        }
+    }
+
+    async fn probe(&mut self) {
+        match &mut self.source {
+            Some(source) => {
+                tokio::join!(source.probe(), self.target.probe());
+            }
+            None => self.target.probe().await,
+        }
+    }
+
+    /// Where others are at work, what is usual for them is learnt before the first chunk is read. Signals of the source have to be there for the
+    /// first decision: what can't be read is bad.
+    pub async fn look_around(&mut self) {
+        self.probe().await;
+        if signals::somebody_is_at_work(&self.signals().await) {
+            let until = Instant::now() + REPORT;
+            while Instant::now() < until {
+                self.probe().await;
+                tokio::time::sleep(PROBE).await;
+            }
+        }
+    }
+
+    /// Decides how fast the run may go.
+    ///
+    /// # Errors
+    /// The target does not take the decision.
+    pub async fn decide(&mut self, turn: &Value) -> Result<()> {
+        let mut signals = self.signals().await;
+        let number = |value: &Value| value.as_f64();
+        let wal_now = number(&signals["wal_position"]).map(|position| (Instant::now(), position));
+        let wal_per_second = match (self.wal, wal_now) {
+            (Some((then, before)), Some((now, position))) if now > then => {
+                Some((position - before) / (now - then).as_secs_f64())
+            }
+            _ => None,
+        };
+        self.wal = wal_now;
+        let options = &turn["options"];
+        let most = number(&options["max_rate"]);
+        let least = number(&options["min_rate"]).unwrap_or(LEAST_RATE);
+        let bounds = Bounds { least: least.min(most.unwrap_or(f64::MAX)), most };
+        let limits = Limits {
+            rate: number(&turn["byte_rate"]),
+            active: turn["active_chunks"].as_u64().and_then(|active| u32::try_from(active).ok()),
+        };
+        let throughput = number(&turn["throughput"]).unwrap_or(0.0);
+        let hardly_moving =
+            throughput < bounds.least / 10.0 || limits.rate.is_some_and(|rate| rate <= bounds.least);
+        for (name, latency, probed) in [
+            ("source_read_ms", "source_probe", self.source.as_mut()),
+            ("target_commit_ms", "target_probe", Some(&mut self.target)),
+        ] {
+            let Some(probed) = probed else { continue };
+            probed.latency.learn(hardly_moving);
+            signals[name] = json!(probed.latency.high());
+            if let Some(why) = &probed.unprobed {
+                signals[latency] = json!({"unknown": why});
+            }
+        }
+        let no_latency = Latency::default();
+        let read = self.source.as_ref().map_or(&no_latency, |source| &source.latency);
+        let mut bad =
+            signals::verdicts(&signals, read, &self.target.latency, wal_per_second, &Thresholds::default());
+        let memory: Memory = serde_json::from_value(turn["controller"].clone()).unwrap_or_default();
+        let lanes = turn["lanes"].as_u64().and_then(|lanes| u32::try_from(lanes).ok()).unwrap_or(1);
+        let begins = turn["controller"].as_object().is_some_and(serde_json::Map::is_empty);
+        let gently = begins && bad.is_empty() && signals::somebody_is_at_work(&signals);
+        let (next, memory, state) = if gently {
+            bad.push("others are at work, so it begins gently".to_owned());
+            controller::begin_gently(bounds)
+        } else {
+            controller::decide(limits, memory, bounds, !bad.is_empty(), throughput, lanes)
+        };
+        if next.rate.is_none() != limits.rate.is_none() {
+            match next.rate {
+                Some(rate) => tracing::warn!("slowed to {:.1} MB/s: {}", rate / 1e6, bad.join("; ")),
+                None => tracing::info!("as fast as it goes again"),
+            }
+        }
+        let memory = serde_json::to_value(memory).map_err(|e| Error::refused(e.to_string()))?;
+        let reason = (!bad.is_empty()).then(|| bad.join("; "));
+        let (run, process) = (self.run, self.process);
+        let target = self.target.session().await?;
+        let doing = "throttle_decide";
+        in_time(Side::Target, doing, async {
+            target
+                .client
+                .execute(
+                    &format!("SELECT dedup.throttle_decide($1::uuid, $2::uuid, $3::int8, $4::int4, $5::text, \
+                         coalesce($6::text, (SELECT reason FROM dedup.throttle WHERE run_id = $1 AND $5 <> 'free')), $7::jsonb, $8::jsonb), {UNWAITED}"),
+                    &[
+                        &run,
+                        &process,
+                        &next.rate.map(|rate| rate as i64),
+                        &next.active.map(|active| active as i32),
+                        &state.name(),
+                        &reason,
+                        &signals,
+                        &memory,
+                    ],
+                )
+                .await
+                .at(Side::Target, doing)
+        })
+        .await
+        .map(drop)
+    }
+
+    /// What both servers say of themselves, in time.
+    async fn signals(&mut self) -> Value {
+        let run = self.run;
+        let target = async {
+            let asked = async {
+                let session = self.target.session().await?;
+                in_time(Side::Target, "asking for signals", target_signals(session, run)).await
+            };
+            let asked = asked.await;
+            if asked.is_err() {
+                self.target.give_up().await;
+            }
+            or_unknown("target_probe", asked)
+        };
+        let source = async {
+            let Some(source) = &mut self.source else { return json!({}) };
+            let asked = async {
+                in_time(Side::Source, "asking for signals", source_signals(source.session().await?)).await
+            };
+            let asked = asked.await;
+            if asked.is_err() {
+                source.give_up().await;
+            }
+            or_unknown("source_probe", asked)
+        };
+        let (mut signals, of_source) = tokio::join!(target, source);
+        if let (Value::Object(all), Value::Object(of_source)) = (&mut signals, of_source) {
+            all.extend(of_source);
+        }
+        signals
+    }
+}
+
+/// Signals, or why there are none.
+fn or_unknown(probe: &str, signals: Result<Value>) -> Value {
+    let why = match signals {
+        Ok(signals @ Value::Object(_)) => return signals,
+        Ok(_) => "not an object".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    json!({probe: {"unknown": why}})
+}
+
+async fn target_signals(target: &Session, run: Uuid) -> Result<Value> {
+    let doing = "asking for signals";
+    let row = target.client.query_one("SELECT dedup.target_signals($1::uuid)", &[&run]).await;
+    row.and_then(|row| row.try_get(0)).at(Side::Target, doing)
+}
+
+/// What the source says of itself; the same questions as `dedup.target_signals` asks.
+async fn source_signals(source: &Session) -> Result<Value> {
+    source
+        .client
+        .query_one(
+            "SELECT pg_catalog.jsonb_build_object( \
+                 'source_sessions', CASE WHEN pg_catalog.bool_or(a.state IS NULL) THEN '{\"unknown\": \"the state of sessions may not be seen; GRANT pg_read_all_stats\"}'::pg_catalog.jsonb \
+                     ELSE pg_catalog.to_jsonb(pg_catalog.count(*) FILTER (WHERE a.state <> 'idle' OR a.state_change > pg_catalog.clock_timestamp() - '2 s'::pg_catalog.interval)) END, \
+                 'source_connections', (SELECT pg_catalog.count(*)::pg_catalog.float8 / pg_catalog.current_setting('max_connections')::pg_catalog.float8 \
+                     FROM pg_catalog.pg_stat_activity AS c WHERE c.backend_type = 'client backend' OR c.backend_type IS NULL AND c.usesysid IS NOT NULL), \
+                 'snapshot_age', CASE WHEN pg_catalog.bool_or(a.state IS NULL) THEN '{\"unknown\": \"snapshots of others may not be seen; GRANT pg_read_all_stats\"}'::pg_catalog.jsonb \
+                     ELSE (SELECT pg_catalog.to_jsonb(pg_catalog.max(extract(epoch FROM pg_catalog.clock_timestamp() - s.since))::pg_catalog.float8) FROM ( \
+                         SELECT b.xact_start FROM pg_catalog.pg_stat_activity AS b WHERE b.backend_xmin IS NOT NULL AND b.backend_type = 'client backend' AND b.application_name NOT LIKE 'pg-dedup-migrate/%' \
+                         UNION ALL SELECT x.prepared FROM pg_catalog.pg_prepared_xacts AS x) AS s(since)) END) \
+             FROM pg_catalog.pg_stat_activity AS a WHERE (a.backend_type = 'client backend' OR a.backend_type IS NULL AND a.usesysid IS NOT NULL) AND a.application_name NOT LIKE 'pg-dedup-migrate/%'",
+            &[],
+        )
+        .await
+        .and_then(|row| row.try_get(0))
+        .at(Side::Source, "asking for signals")
+}
