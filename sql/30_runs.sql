@@ -96,6 +96,27 @@ BEGIN
     END IF;
     RETURN NEW;
 END $$;
+-- What views and alerts of all runs read of each.
+CREATE FUNCTION dedup.check_settings() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    wrong text;
+BEGIN
+    SELECT string_agg(array_to_string(k.path, '.'), ', ') INTO wrong
+    FROM (VALUES ('{throttle,min_rate}'::text[]), ('{throttle,max_rate}'), ('{alerts,deadline_seconds}'), ('{alerts,min_throughput}'), ('{alerts,failure_rate}'), ('{alerts,failure_limit}'),
+        ('{alerts,disk_floor}'), ('{bake_in_days}')) AS k(path)
+    CROSS JOIN LATERAL (SELECT NEW.options -> 'settings' #> k.path) AS v(value)
+    WHERE v.value IS NOT NULL AND CASE jsonb_typeof(v.value) WHEN 'number' THEN v.value < '0' WHEN 'null' THEN false ELSE true END;
+    IF wrong IS NOT NULL THEN
+        RAISE EXCEPTION 'must be a number that is not negative: %', wrong USING ERRCODE = 'invalid_parameter_value';
+    ELSIF jsonb_typeof(NEW.options #> '{settings,throttle,off}') NOT IN ('boolean', 'null') THEN
+        RAISE EXCEPTION 'must be true or false: throttle.off' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    RETURN NEW;
+END $$;
+COMMENT ON FUNCTION dedup.check_settings() IS 'trigger: settings of a run are what is read of them later';
+CREATE TRIGGER check_settings BEFORE INSERT OR UPDATE OF options ON dedup.runs FOR EACH ROW EXECUTE FUNCTION dedup.check_settings();
+COMMENT ON TRIGGER check_settings ON dedup.runs IS 'settings of a run are what is read of them later';
+
 COMMENT ON FUNCTION dedup.keep_owner() IS 'trigger: a run belongs to the role that created it';
 CREATE TRIGGER keep_owner BEFORE INSERT OR UPDATE ON dedup.runs FOR EACH ROW EXECUTE FUNCTION dedup.keep_owner();
 
@@ -505,8 +526,9 @@ BEGIN
     UPDATE dedup.runs AS r SET status = new_status, started_at = CASE WHEN new_status = 'running' THEN coalesce(started_at, clock_timestamp()) ELSE started_at END,
         running_since = CASE WHEN new_status = 'running' THEN clock_timestamp() END,
         finished_at = CASE WHEN new_status IN ('done', 'failed', 'cancelled') THEN clock_timestamp() WHEN new_status IN ('halted', 'reconciled', 'rolling_back', 'rolled_back') THEN finished_at END,
-        -- What has ended stays so.
-        bake_in_until = CASE WHEN new_status IN ('done', 'failed', 'cancelled') AND NOT coalesce(bake_in_until < clock_timestamp(), false)
+        -- It begins anew whenever the run ends, unless what a rollback needs is gone.
+        bake_in_until = CASE WHEN new_status IN ('done', 'failed', 'cancelled') AND NOT (coalesce(bake_in_until < clock_timestamp(), false)
+                AND EXISTS (SELECT FROM dedup.events AS e WHERE e.run_id = run AND e.kind = 'purged' AND e.detail ->> 'what' IN ('before_images', 'history')))
             THEN clock_timestamp() + make_interval(days => coalesce((options #>> '{settings,bake_in_days}')::int, 14)) ELSE bake_in_until END
     WHERE r.run_id = run;
     PERFORM dedup.log_event(run, NULL, event, jsonb_build_object('from', old, 'to', new_status));

@@ -11,12 +11,21 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
 $$;
 COMMENT ON FUNCTION dedup.chunk_attempts(uuid) IS 'attempts at chunks that ended in the last ten minutes, or since the run is running, and those of them that failed';
 
+-- A later pass that was not as strict may have found none.
+CREATE FUNCTION dedup.held_mismatches(run uuid) RETURNS bigint
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT sum(k.missing_count + k.changed_count + k.extra_count + k.surviving_duplicate_count + CASE WHEN p.is_strict THEN k.source_changed_count ELSE 0 END)::bigint
+    FROM dedup.reconciliations AS p JOIN dedup.reconciled_chunks AS k USING (reconciliation_id)
+    WHERE p.reconciliation_id = (SELECT max(x.reconciliation_id) FROM dedup.reconciliations AS x WHERE x.holds = run)
+$$;
+COMMENT ON FUNCTION dedup.held_mismatches(uuid) IS 'mismatches of the last pass that holds a run; null: none does';
+
 CREATE VIEW dedup.slis AS
 SELECT p.run_id, p.name, p.status,
     coalesce(round((dedup.read_rate(p.run_id, 60) * 8 / 1e9)::numeric, 6), 0)::float8 AS migration_throughput_gbps,
     (SELECT count(*) FROM dedup.checkpoints AS c WHERE c.run_id = p.run_id AND c.verified_at > clock_timestamp() - interval '1 min') AS chunk_completion_rate,
     round(p.duplicate_count::numeric / nullif(p.source_count, 0), 6)::float8 AS dedup_ratio,
-    CASE WHEN p.status IN ('rolling_back', 'rolled_back') THEN 0 ELSE dedup.open_mismatches(p.run_id) END AS reconciliation_mismatch_count,
+    CASE WHEN p.status IN ('rolling_back', 'rolled_back') THEN 0 ELSE coalesce(dedup.held_mismatches(p.run_id), dedup.open_mismatches(p.run_id)) END AS reconciliation_mismatch_count,
     CASE WHEN p.status = 'running' THEN round(extract(epoch FROM clock_timestamp()
         - greatest(r.running_since, (SELECT max(c.written_at) FROM dedup.checkpoints AS c WHERE c.run_id = p.run_id))), 3)::float8 END AS checkpoint_lag,
     (SELECT CASE WHEN a.ended > 0 THEN a.failed::float8 / a.ended END FROM dedup.chunk_attempts(p.run_id) AS a) AS chunk_failure_rate,

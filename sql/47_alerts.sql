@@ -9,6 +9,7 @@ DECLARE
     s dedup.slis;
     is_settled bool := r.running_since < clock_timestamp() - interval '1 min';
     is_open bool := dedup.run_state(run) = 'open';
+    is_late bool;
     attempts record;
     silence record;
     place record;
@@ -29,16 +30,23 @@ BEGIN
         RETURN NEXT;
     END IF;
 
+    -- A repair or a rollback is told of, too, and goes on: it may be what makes room.
     kind := 'disk_headroom'; severity := 'P1';
-    IF r.status IN ('running', 'paused') THEN
-        FOR place IN SELECT d.place, d.free_bytes, f.least_bytes
-                     FROM dedup.disk_space() AS d CROSS JOIN LATERAL (SELECT coalesce((settings ->> 'disk_floor')::bigint, least(10000000000, d.total_bytes / 50)) AS least_bytes) AS f
-                     WHERE d.free_bytes < f.least_bytes ORDER BY d.free_bytes LIMIT 1 LOOP
-            value := place.free_bytes; threshold := place.least_bytes;
-            message := format('%s has %s free: no further chunk is begun', place.place, pg_size_pretty(place.free_bytes));
-            look_at := format('SELECT * FROM dedup.disk_space(); make room, then SELECT dedup.resume_run(%L)', run);
+    IF r.status IN ('running', 'paused', 'halted', 'rolling_back') THEN
+        BEGIN
+            FOR place IN SELECT d.place, d.free_bytes, f.least_bytes
+                         FROM dedup.disk_space() AS d CROSS JOIN LATERAL (SELECT coalesce((settings ->> 'disk_floor')::bigint, least(10000000000, d.total_bytes / 50)) AS least_bytes) AS f
+                         WHERE d.free_bytes < f.least_bytes ORDER BY d.free_bytes LIMIT 1 LOOP
+                value := place.free_bytes; threshold := place.least_bytes;
+                message := format('%s has %s free%s', place.place, pg_size_pretty(place.free_bytes), CASE WHEN r.status IN ('running', 'paused') THEN ': no further chunk is begun' END);
+                look_at := format('SELECT * FROM dedup.disk_space(); make room%s', CASE WHEN r.status IN ('running', 'paused') THEN format(', then SELECT dedup.resume_run(%L)', run) END);
+                RETURN NEXT;
+            END LOOP;
+        EXCEPTION WHEN OTHERS THEN
+            kind := 'disk_unknown'; value := NULL; threshold := NULL;
+            message := format('the room on the target''s disks can''t be read: %s', SQLERRM); look_at := 'SELECT * FROM dedup.disk_space()';
             RETURN NEXT;
-        END LOOP;
+        END;
     END IF;
 
     kind := 'throughput'; severity := 'P1';
@@ -51,8 +59,13 @@ BEGIN
 
     kind := 'deadline'; severity := 'P1'; value := extract(epoch FROM s.eta);
     threshold := CASE WHEN s.deadline IS NOT NULL THEN greatest(0, extract(epoch FROM s.deadline - clock_timestamp())) END;
-    IF r.status IN ('created', 'running', 'paused', 'failed') AND clock_timestamp() > s.deadline OR r.status = 'running' AND is_settled AND value > threshold THEN
+    -- While nothing is read nobody knows how long it takes. What was late before is late as long as that is so.
+    is_late := r.status = 'running' AND is_settled AND is_open AND (value > threshold OR value IS NULL AND threshold IS NOT NULL)
+        OR r.status IN ('running', 'paused', 'failed') AND value IS NULL AND threshold IS NOT NULL
+            AND EXISTS (SELECT FROM dedup.alert_log AS a WHERE a.run_id = run AND a.kind = 'deadline' AND a.cleared_at IS NULL);
+    IF r.status IN ('created', 'running', 'paused', 'failed') AND clock_timestamp() > s.deadline OR is_late THEN
         message := CASE WHEN threshold = 0 THEN format('it was to be done by %s', s.deadline)
+                        WHEN value IS NULL THEN format('nothing is read, and it is to be done in %s', dedup.rough(threshold))
                         ELSE format('it will take %s more, and is to be done in %s', dedup.rough(value), dedup.rough(threshold)) END;
         look_at := format('SELECT * FROM dedup.slis WHERE run_id = %L; more workers, or a higher rate, if source and target bear it', run);
         RETURN NEXT;
@@ -121,16 +134,26 @@ DECLARE
     seen record;
     firing bigint := 0;
     kinds text[];
-    id bigint;
+    conditions jsonb;
+    failure text;
 BEGIN
     FOR r IN SELECT * FROM dedup.runs AS x WHERE (check_alerts.run IS NULL OR x.run_id = check_alerts.run)
-             AND (x.status IN ('created', 'running', 'paused', 'failed', 'halted') OR EXISTS (SELECT FROM dedup.alert_log AS a WHERE a.run_id = x.run_id AND a.cleared_at IS NULL))
+             AND (x.status IN ('created', 'running', 'paused', 'failed', 'halted', 'rolling_back') OR EXISTS (SELECT FROM dedup.alert_log AS a WHERE a.run_id = x.run_id AND a.cleared_at IS NULL))
              AND (x.checked_at IS NULL OR x.checked_at <= clock_timestamp() - unless_within)
              -- One at a time, and nobody waits: whoever holds it checks, or changes what there is to check.
              FOR NO KEY UPDATE SKIP LOCKED LOOP
         kinds := '{}';
         UPDATE dedup.runs AS x SET checked_at = clock_timestamp() WHERE x.run_id = r.run_id;
-        FOR seen IN SELECT * FROM dedup.alert_conditions(r.run_id) LOOP
+        -- What can't be looked at of one run must not hide the others.
+        conditions := NULL;
+        BEGIN
+            SELECT coalesce(jsonb_agg(to_jsonb(a)), '[]') INTO conditions FROM dedup.alert_conditions(r.run_id) AS a;
+        EXCEPTION WHEN OTHERS THEN
+            failure := SQLERRM;
+        END;
+        FOR seen IN SELECT * FROM jsonb_to_recordset(coalesce(conditions, jsonb_build_array(jsonb_build_object('kind', 'unchecked', 'severity', 'P1',
+                        'message', format('the run can''t be checked: %s', failure), 'look_at', format('SELECT * FROM dedup.alert_conditions(%L)', r.run_id)))))
+                        AS c(kind text, severity text, value float8, threshold float8, message text, look_at text) LOOP
             kinds := kinds || seen.kind;
             UPDATE dedup.alert_log AS a SET value = seen.value, threshold = seen.threshold, message = seen.message, look_at = seen.look_at
             WHERE a.run_id = r.run_id AND a.kind = seen.kind AND a.cleared_at IS NULL;
@@ -140,7 +163,7 @@ BEGIN
             PERFORM dedup.log_event(r.run_id, NULL, 'alert_raised', to_jsonb(seen));
             PERFORM dedup.tell_alert(r.run_id, seen.kind, seen.severity, 'firing', seen.message);
         END LOOP;
-        FOR seen IN UPDATE dedup.alert_log AS a SET cleared_at = clock_timestamp() WHERE a.run_id = r.run_id AND a.cleared_at IS NULL AND a.kind <> ALL (kinds) RETURNING a.* LOOP
+        FOR seen IN UPDATE dedup.alert_log AS a SET cleared_at = clock_timestamp() WHERE a.run_id = r.run_id AND a.cleared_at IS NULL AND a.kind <> ALL (kinds) AND conditions IS NOT NULL RETURNING a.* LOOP
             PERFORM dedup.log_event(r.run_id, NULL, 'alert_cleared', jsonb_build_object('kind', seen.kind, 'since', seen.since));
             PERFORM dedup.tell_alert(r.run_id, seen.kind, seen.severity, 'cleared', seen.message);
         END LOOP;
@@ -163,7 +186,7 @@ SELECT a.severity, a.kind, a.run_id, r.name, a.since, a.message, a.look_at, a.va
 FROM dedup.alert_log AS a JOIN dedup.runs AS r USING (run_id) WHERE a.cleared_at IS NULL;
 COMMENT ON VIEW dedup.alerts IS 'alerts that fire, as dedup.check_alerts last found them';
 COMMENT ON COLUMN dedup.alerts.severity IS 'P1 (now) or P2 (today)';
-COMMENT ON COLUMN dedup.alerts.kind IS 'mismatches, disk_full, disk_headroom, throughput, deadline, failing, chunk_failures, worker_lost or filter_overfull';
+COMMENT ON COLUMN dedup.alerts.kind IS 'mismatches, disk_full, disk_headroom, disk_unknown, throughput, deadline, failing, chunk_failures, worker_lost, filter_overfull or unchecked';
 COMMENT ON COLUMN dedup.alerts.run_id IS 'the run';
 COMMENT ON COLUMN dedup.alerts.name IS 'its name';
 COMMENT ON COLUMN dedup.alerts.since IS 'when it was first seen';

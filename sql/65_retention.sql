@@ -1,6 +1,6 @@
 -- What is kept, for how long, and how the rest goes. docs/operations.md has the periods and their reasons.
 
-CREATE FUNCTION dedup.record_archive(run uuid, location text, manifest_sha256 bytea, bytes bigint, began_at timestamptz) RETURNS bigint
+CREATE FUNCTION dedup.record_archive(run uuid, location text, manifest_sha256 bytea, bytes bigint, began_at timestamptz, run_status text, run_ended_at timestamptz) RETURNS bigint
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     id bigint;
@@ -9,18 +9,21 @@ BEGIN
     IF octet_length(manifest_sha256) IS DISTINCT FROM 32 THEN
         RAISE EXCEPTION 'an archive is known by the SHA-256 of its manifest' USING ERRCODE = 'invalid_parameter_value';
     END IF;
-    INSERT INTO dedup.archives (run_id, location, manifest_sha256, bytes, began_at) VALUES (run, location, manifest_sha256, bytes, began_at) RETURNING archive_id INTO id;
+    INSERT INTO dedup.archives (run_id, location, manifest_sha256, bytes, began_at, run_status, run_ended_at)
+    VALUES (run, location, manifest_sha256, bytes, began_at, run_status, run_ended_at) RETURNING archive_id INTO id;
     PERFORM dedup.log_event(run, NULL, 'archived', jsonb_build_object('archive_id', id, 'location', location, 'manifest_sha256', encode(manifest_sha256, 'hex')));
     RETURN id;
 END $$;
-COMMENT ON FUNCTION dedup.record_archive(uuid, text, bytea, bigint, timestamptz) IS 'says that report, events, ledger and quarantine of a run were archived; began_at: what came later is not in it';
+COMMENT ON FUNCTION dedup.record_archive(uuid, text, bytea, bigint, timestamptz, text, timestamptz) IS 'says that report, events, ledger and quarantine of a run were archived; began_at: what came later is not in it; the run''s status and dedup.ended_at as the archive has them';
 
 CREATE FUNCTION dedup.set_bake_in(run uuid, until timestamptz) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     r dedup.runs := dedup.lock_run(run);
 BEGIN
-    IF r.bake_in_until < clock_timestamp() THEN
+    IF until IS NULL THEN
+        RAISE EXCEPTION 'a bake-in needs an end' USING ERRCODE = 'null_value_not_allowed', HINT = '''infinity'' keeps what a rollback needs for good.';
+    ELSIF r.bake_in_until < clock_timestamp() THEN
         RAISE EXCEPTION 'the bake-in of run % has ended', run USING ERRCODE = 'object_not_in_prerequisite_state',
             DETAIL = format('It ended at %s; what a rollback needs may be gone.', r.bake_in_until);
     END IF;
@@ -34,7 +37,7 @@ CREATE FUNCTION dedup.why_kept(run uuid) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT CASE WHEN r.status NOT IN ('done', 'reconciled', 'rolled_back', 'cancelled') THEN format('the run is %s', r.status)
                 WHEN EXISTS (SELECT FROM dedup.reconciliations AS c WHERE c.run_id = run AND c.verdict = 'open') THEN 'it is being reconciled'
-                WHEN NOT EXISTS (SELECT FROM dedup.archives AS a WHERE a.run_id = run AND a.began_at >= dedup.ended_at(run)) THEN 'it is not archived: pg-dedup-migrate report RUN --archive DIR' END
+                WHEN NOT EXISTS (SELECT FROM dedup.archives AS a WHERE a.run_id = run AND a.run_status = r.status AND a.run_ended_at = dedup.ended_at(run)) THEN 'it is not archived: pg-dedup-migrate report RUN --archive DIR' END
     FROM dedup.run_row(run) AS r
 $$;
 COMMENT ON FUNCTION dedup.why_kept(uuid) IS 'why nothing of a run may be purged; null: what is old enough may';
@@ -46,9 +49,47 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
 $$;
 COMMENT ON FUNCTION dedup.ended_at(uuid) IS 'when the last thing happened to a run: its end, a rollback, a reconciliation';
 
+-- Where it stands, in the order that it goes in: $1 the run, $2 how long archives are kept.
+CREATE FUNCTION dedup.purge_parts(what text, OUT name text, OUT mine text) RETURNS SETOF record
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT p.name, p.mine FROM (VALUES
+        (1, 'reconciliations', 'divergences', 'x.run_id = $1'),
+        (2, 'reconciliations', 'reconciled_chunks', 'x.reconciliation_id IN (SELECT c.reconciliation_id FROM dedup.reconciliations AS c WHERE c.run_id = $1)'),
+        (3, 'before_images', 'before_images', 'x.run_id = $1'),
+        (6, 'history', 'left_alone', 'x.run_id = $1'),
+        (7, 'history', 'rollback_steps', 'x.rollback_id IN (SELECT b.rollback_id FROM dedup.rollbacks AS b WHERE b.run_id = $1)'),
+        (8, 'history', 'quarantine', 'x.run_id = $1'),
+        (9, 'history', 'ledger_block', 'x.ordinal IN (SELECT o.ordinal FROM dedup.ordinals AS o WHERE o.run_id = $1)'),
+        (10, 'history', 'unchanged_rows', 'x.ordinal IN (SELECT o.ordinal FROM dedup.ordinals AS o WHERE o.run_id = $1)'),
+        (11, 'history', 'throughput', 'x.run_id = $1'),
+        (12, 'history', 'alert_log', 'x.run_id = $1'),
+        (13, 'history', 'processes', 'x.run_id = $1'),
+        (14, 'history', 'workers', 'x.run_id = $1'),
+        (15, 'history', 'events', 'x.run_id = $1 AND x.kind <> ''purged'''),
+        (16, 'history', 'checkpoints', 'x.run_id = $1'),
+        (17, 'archives', 'archives', 'x.run_id = $1 AND x.archived_at < clock_timestamp() - $2')) AS p(n, what, name, mine)
+    WHERE p.what = purge_parts.what ORDER BY p.n
+$$;
+COMMENT ON FUNCTION dedup.purge_parts(text) IS 'the tables, and which of their rows, that what a run leaves behind stands in';
+
+CREATE FUNCTION dedup.purge_rows(run uuid, what text, archives interval) RETURNS bigint
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    part record;
+    here bigint;
+    rows bigint := 0;
+BEGIN
+    FOR part IN SELECT p.name, p.mine FROM dedup.purge_parts(what) AS p LOOP
+        EXECUTE format('SELECT count(*) FROM dedup.%I AS x WHERE %s', part.name, part.mine) INTO here USING run, archives;
+        rows := rows + here;
+    END LOOP;
+    RETURN rows;
+END $$;
+COMMENT ON FUNCTION dedup.purge_rows(uuid, text, interval) IS 'rows of what a run leaves behind';
+
 -- What is old enough to go, run by run; why it stays, where it does.
 CREATE FUNCTION dedup.purgeable(reconciliations interval DEFAULT '7 days', history interval DEFAULT '90 days', archives interval DEFAULT '1 year',
-    OUT run_id uuid, OUT what text, OUT rows bigint, OUT kept_because text) RETURNS SETOF record
+    only_run uuid DEFAULT NULL, OUT run_id uuid, OUT what text, OUT rows bigint, OUT kept_because text) RETURNS SETOF record
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     r dedup.runs;
@@ -56,29 +97,28 @@ DECLARE
     ended timestamptz;
     why text;
 BEGIN
-    FOR r IN SELECT * FROM dedup.runs AS x ORDER BY x.created_at LOOP
+    FOR r IN SELECT * FROM dedup.runs AS x WHERE only_run IS NULL OR x.run_id = only_run ORDER BY x.created_at LOOP
         run_id := r.run_id;
         ended := dedup.ended_at(r.run_id);
         why := dedup.why_kept(r.run_id);
 
         what := 'reconciliations';
-        rows := (SELECT count(*) FROM dedup.divergences AS d WHERE d.run_id = r.run_id)
-            + (SELECT count(*) FROM dedup.reconciled_chunks AS k JOIN dedup.reconciliations AS c USING (reconciliation_id) WHERE c.run_id = r.run_id);
-        IF rows > 0 AND ended < now_is - reconciliations THEN
+        rows := CASE WHEN ended < now_is - reconciliations THEN dedup.purge_rows(r.run_id, what, archives) END;
+        IF rows > 0 THEN
             kept_because := why;
             RETURN NEXT;
         END IF;
 
         what := 'before_images';
-        rows := (SELECT count(*) FROM dedup.before_images AS b WHERE b.run_id = r.run_id);
-        IF rows > 0 AND r.bake_in_until < now_is THEN
+        rows := CASE WHEN r.bake_in_until < now_is THEN dedup.purge_rows(r.run_id, what, archives) END;
+        IF rows > 0 THEN
             kept_because := why;
             RETURN NEXT;
         END IF;
 
         what := 'history';
-        rows := (SELECT count(*) FROM dedup.checkpoints AS c WHERE c.run_id = r.run_id);
-        IF rows > 0 AND ended < now_is - history THEN
+        rows := CASE WHEN ended < now_is - history THEN dedup.purge_rows(r.run_id, what, archives) END;
+        IF rows > 0 THEN
             kept_because := coalesce(why, CASE WHEN r.bake_in_until >= now_is THEN format('it can be rolled back until %s', r.bake_in_until) END, (
                 -- What another run may still take back is kept for those whose records rest on it: by their ledgers.
                 SELECT format('run %s, which wrote the same target meanwhile, can still be rolled back', o.run_id) FROM dedup.runs AS o
@@ -88,7 +128,7 @@ BEGIN
         END IF;
 
         what := 'archives';
-        rows := (SELECT count(*) FROM dedup.archives AS a WHERE a.run_id = r.run_id AND a.archived_at < now_is - archives);
+        rows := dedup.purge_rows(r.run_id, what, archives);
         IF rows > 0 THEN
             -- As long as anything is here that it stands for, it is needed.
             kept_because := CASE WHEN EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id = r.run_id) THEN 'the run''s history is not purged yet' END;
@@ -96,7 +136,7 @@ BEGIN
         END IF;
     END LOOP;
 END $$;
-COMMENT ON FUNCTION dedup.purgeable(interval, interval, interval) IS 'what of each run is older than it is kept, and why it stays where it does; before images go with the run''s bake-in';
+COMMENT ON FUNCTION dedup.purgeable(interval, interval, interval, uuid) IS 'what of each run is older than it is kept, and why it stays where it does; before images go with the run''s bake-in';
 
 -- One batch; 0: nothing is left.
 CREATE FUNCTION dedup.purge_batch(run uuid, what text, archives interval, many int DEFAULT 10000) RETURNS bigint
@@ -108,34 +148,16 @@ DECLARE
     r dedup.runs := dedup.run_row(run);
 BEGIN
     -- Called by hand it is as careful.
-    why := CASE WHEN what = 'archives' THEN NULL WHEN why IS NOT NULL THEN why
+    why := CASE WHEN what = 'archives' THEN CASE WHEN EXISTS (SELECT FROM dedup.checkpoints AS c WHERE c.run_id = run) THEN 'the run''s history is not purged yet' END WHEN why IS NOT NULL THEN why
                 WHEN what = 'history' AND r.purged_at IS NULL THEN 'dedup.purge begins with it'
                 WHEN what = 'before_images' AND NOT coalesce(r.bake_in_until < clock_timestamp(), false) THEN 'it can be rolled back' END;
     IF why IS NOT NULL THEN
         RAISE EXCEPTION 'nothing of run % may be purged', run USING ERRCODE = 'object_not_in_prerequisite_state', DETAIL = why;
     END IF;
     FOR part IN
-        SELECT p.name, p.mine FROM (VALUES
-            (1, 'reconciliations', 'divergences', 'x.run_id = $1'),
-            (2, 'reconciliations', 'reconciled_chunks', 'x.reconciliation_id IN (SELECT c.reconciliation_id FROM dedup.reconciliations AS c WHERE c.run_id = $1)'),
-            (3, 'before_images', 'before_images', 'x.run_id = $1'),
-            (4, 'history', 'divergences', 'x.run_id = $1'),
-            (5, 'history', 'reconciled_chunks', 'x.reconciliation_id IN (SELECT c.reconciliation_id FROM dedup.reconciliations AS c WHERE c.run_id = $1)'),
-            (6, 'history', 'left_alone', 'x.run_id = $1'),
-            (7, 'history', 'rollback_steps', 'x.rollback_id IN (SELECT b.rollback_id FROM dedup.rollbacks AS b WHERE b.run_id = $1)'),
-            (8, 'history', 'quarantine', 'x.run_id = $1'),
-            (9, 'history', 'ledger_block', 'x.ordinal IN (SELECT o.ordinal FROM dedup.ordinals AS o WHERE o.run_id = $1)'),
-            (10, 'history', 'unchanged_rows', 'x.ordinal IN (SELECT o.ordinal FROM dedup.ordinals AS o WHERE o.run_id = $1)'),
-            (11, 'history', 'throughput', 'x.run_id = $1'),
-            (12, 'history', 'alert_log', 'x.run_id = $1'),
-            (13, 'history', 'processes', 'x.run_id = $1'),
-            (14, 'history', 'workers', 'x.run_id = $1'),
-            (15, 'history', 'events', 'x.run_id = $1 AND x.kind <> ''purged'''),
-            (16, 'history', 'checkpoints', 'x.run_id = $1'),
-            (17, 'archives', 'archives', 'x.run_id = $1 AND x.archived_at < clock_timestamp() - $3')) AS p(n, what, name, mine)
-        WHERE p.what = purge_batch.what ORDER BY p.n
+        SELECT p.name, p.mine FROM dedup.purge_parts(what) AS p
     LOOP
-        EXECUTE format('DELETE FROM dedup.%I WHERE ctid = ANY (ARRAY(SELECT x.ctid FROM dedup.%I AS x WHERE %s LIMIT $2))', part.name, part.name, part.mine) USING run, many, archives;
+        EXECUTE format('DELETE FROM dedup.%I WHERE ctid = ANY (ARRAY(SELECT x.ctid FROM dedup.%I AS x WHERE %s LIMIT $3))', part.name, part.name, part.mine) USING run, archives, many;
         GET DIAGNOSTICS gone = ROW_COUNT;
         IF gone > 0 THEN
             RETURN gone;
@@ -150,7 +172,7 @@ CREATE FUNCTION dedup.begin_purge(run uuid, what text, reconciliations interval,
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     PERFORM dedup.lock_run(run);
-    PERFORM FROM dedup.purgeable(reconciliations, history, archives) AS p WHERE p.run_id = run AND p.what = begin_purge.what AND p.kept_because IS NULL;
+    PERFORM FROM dedup.purgeable(reconciliations, history, archives, run) AS p WHERE p.what = begin_purge.what AND p.kept_because IS NULL;
     IF NOT FOUND THEN
         RETURN false;
     END IF;

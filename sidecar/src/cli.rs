@@ -46,6 +46,8 @@ pub enum Command {
     Rollback(RollbackArgs),
     /// Show runs, or one run: progress, books, failed chunks
     Status(StatusArgs),
+    /// Serve a run's metrics and page until interrupted, whoever works on it
+    Serve(ServeArgs),
     /// Tell all of a run, and archive it
     Report(ReportArgs),
     /// Delete what is older than it is kept, archived, and of runs that are over
@@ -290,6 +292,20 @@ pub struct StatusArgs {
     /// Target: URL or key=value string
     #[arg(long, value_name = "URL")]
     pub target: Option<String>,
+}
+
+/// Flags of `serve`.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// The run: its id, a unique prefix of it, its name, or "last"
+    pub run: String,
+    #[command(flatten)]
+    pub file: FileArgs,
+    /// Target: URL or key=value string
+    #[arg(long, value_name = "URL")]
+    pub target: Option<String>,
+    #[command(flatten)]
+    pub observe: ObserveArgs,
 }
 
 /// How a report is written.

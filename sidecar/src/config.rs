@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cli::{
     DoctorArgs, EndpointArgs, FileArgs, ObserveArgs, PurgeArgs, ReconcileArgs, RepairArgs, ReportArgs,
-    RollbackArgs, RunArgs, StatusArgs, TableArgs, Verify, WorkArgs,
+    RollbackArgs, RunArgs, ServeArgs, StatusArgs, TableArgs, Verify, WorkArgs,
 };
 use crate::error::{Error, Result};
 use crate::names::{self, TableName};
@@ -242,6 +242,16 @@ impl Job {
     /// The job of `status`: only the target matters.
     pub fn of_status(args: &StatusArgs) -> Result<Job> {
         Job::on_target(&args.file, args.target.as_ref(), None)
+    }
+
+    /// The job of `serve`: only the target matters, and where it is served.
+    pub fn of_serve(args: &ServeArgs) -> Result<Job> {
+        let mut job = Job::on_target(&args.file, args.target.as_ref(), None)?;
+        job.metrics_addr = args.observe.metrics_addr.or(job.metrics_addr);
+        if job.metrics_addr.is_none() {
+            return Err(Error::usage("nowhere to serve at").hint("--metrics-addr 127.0.0.1:9187"));
+        }
+        Ok(job)
     }
 
     /// The job of `report`: only the target matters.

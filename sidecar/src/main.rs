@@ -148,6 +148,14 @@ async fn command(command: &Command) -> Result<u8> {
             observed(&job, &args.run, rolled_back).await
         }
         Command::Status(args) => status::status(&Job::of_status(args)?, args.run.as_deref()).await,
+        Command::Serve(args) => {
+            let stop = Stop::listen()?;
+            let served = async {
+                stop.asked().await;
+                Ok(0)
+            };
+            observed(&Job::of_serve(args)?, &args.run, served).await
+        }
         Command::Report(args) => report::report(&Job::of_report(args)?, args).await,
         Command::Purge(args) => purge::purge(&Job::of_purge(args)?, args, Stop::listen()?).await,
         Command::Doctor(args) => doctor::doctor(&Job::of_doctor(args)?).await,

@@ -226,9 +226,23 @@ fn throttle(registry: &mut Registry, o: &Overview) {
         registry.register(
             "throttle_reason",
             "Why the run is slowed",
-            Info::new(vec![("reason", label(reason))]),
+            Info::new(vec![("reason", label(&without_figures(reason)))]),
         );
     }
+}
+
+/// A reason with `#` for each figure: with the figures every second would be a series of its own.
+fn without_figures(reason: &str) -> String {
+    let mut plain = String::with_capacity(reason.len());
+    for c in reason.chars() {
+        let digit = c.is_ascii_digit() || c == '.' && plain.ends_with('#');
+        match (digit, plain.ends_with('#')) {
+            (true, true) => {}
+            (true, false) => plain.push('#'),
+            (false, _) => plain.push(c),
+        }
+    }
+    plain
 }
 
 fn filter(registry: &mut Registry, o: &Overview) {

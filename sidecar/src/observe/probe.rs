@@ -8,12 +8,16 @@ use serde_json::Value;
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
-use crate::conn::{Endpoint, Role, Session, protocol_error};
-use crate::error::{At, Result, Side};
+use crate::conn::{Endpoint, Role, Session, UNWAITED, protocol_error};
+use crate::error::{At, Error, Kind, Result, Side};
 use crate::view::overview::Overview;
 
+/// How long the target may take to answer.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// How old an overview may be: however many look, the target is asked so often.
 const FRESH: Duration = Duration::from_secs(1);
+/// So many times what the last one took must have gone by before the next one is asked for: a run of very many chunks costs a tenth of a core at most.
+const REST: u32 = 9;
 
 /// Asks about one run, on a session of its own that is made anew when it is lost.
 pub struct Probe {
@@ -25,7 +29,21 @@ pub struct Probe {
 #[derive(Default)]
 struct Inner {
     session: Option<Session>,
-    last: Option<(Instant, Arc<Overview>)>,
+    last: Option<Last>,
+    /// When the target last gave no answer.
+    failed: Option<Instant>,
+}
+
+fn no_answer() -> Error {
+    let why = format!("the target gave no answer within {} s", PATIENCE.as_secs());
+    Error::new(Side::Target, Kind::Connection, why)
+}
+
+/// An overview, when it was there, and how long it took.
+struct Last {
+    at: Instant,
+    took: Duration,
+    overview: Arc<Overview>,
 }
 
 impl Inner {
@@ -52,7 +70,8 @@ impl Probe {
         session
             .client
             .execute(
-                "SELECT dedup.check_alerts($1::uuid, pg_catalog.make_interval(secs => $2::float8))",
+                // It holds the run's row, which signs of life refer to.
+                &format!("SELECT dedup.check_alerts($1::uuid, pg_catalog.make_interval(secs => $2::float8)), {UNWAITED}"),
                 &[&self.run, &unless_within.as_secs_f64()],
             )
             .await
@@ -74,23 +93,34 @@ impl Probe {
     pub async fn overview(&self) -> Result<Arc<Overview>> {
         let doing = "asking for an overview";
         let mut inner = self.inner.lock().await;
-        if let Some((at, overview)) = &inner.last
-            && at.elapsed() < FRESH
+        if let Some(last) = &inner.last
+            && last.at.elapsed() < FRESH.max(last.took * REST)
         {
-            return Ok(overview.clone());
+            return Ok(last.overview.clone());
         }
-        let row = inner
-            .session(&self.target)
-            .await?
-            .client
-            .query_one("SELECT dedup.overview($1::uuid)", &[&self.run])
-            .await
-            .at(Side::Target, doing)?;
+        // However many wait for an answer that does not come, the target is asked once.
+        if inner.failed.is_some_and(|at| at.elapsed() < PATIENCE) {
+            return Err(no_answer());
+        }
+        let began = Instant::now();
+        let session = inner.session(&self.target).await?;
+        let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 1] = [&self.run];
+        let asked = session.client.query_one("SELECT dedup.overview($1::uuid)", &parameters);
+        let Ok(row) = tokio::time::timeout(PATIENCE, asked).await else {
+            inner.failed = Some(Instant::now());
+            if let Some(session) = inner.session.take() {
+                session.cancel().await;
+            }
+            return Err(no_answer());
+        };
+        let row = row.at(Side::Target, doing)?;
+        inner.failed = None;
         let document: Value = row.try_get(0).at(Side::Target, doing)?;
         let overview = serde_json::from_value(document)
             .map_err(|e| protocol_error(Side::Target, format!("{doing}: {e}")))?;
         let overview = Arc::new(overview);
-        inner.last = Some((Instant::now(), Arc::clone(&overview)));
+        inner.last =
+            Some(Last { at: Instant::now(), took: began.elapsed(), overview: Arc::clone(&overview) });
         Ok(overview)
     }
 }

@@ -122,6 +122,7 @@ pub async fn write(
         + file.finish("manifest.json").map_err(&failed)?.bytes;
 
     let directory = dir.join(directory_name(run, &document.report.overview.at));
+    File::open(place.path()).and_then(|dir| dir.sync_all()).map_err(&failed)?;
     let written = place.keep();
     std::fs::rename(&written, &directory).map_err(|e| {
         // What nobody will find is not left lying.
@@ -134,13 +135,17 @@ pub async fn write(
     Ok(Archive { location: format!("{host}:{}", directory.display()), directory, manifest_sha256, bytes })
 }
 
-/// Name, id and time to the microsecond, in letters that every file system takes.
+/// Name, id and time, in letters and of a length that every file system takes.
 fn directory_name(run: &Run, at: &str) -> String {
+    const NAME_LETTERS: usize = 80;
     let plain = |text: &str| -> String {
         text.chars().map(|c| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' }).collect()
     };
+    let name: String = plain(&run.name).chars().take(NAME_LETTERS).collect();
     let id = run.run_id.to_string();
-    format!("{}-{}-{}", plain(&run.name), &id[..8], plain(at.get(..26).unwrap_or(at)))
+    // As many digits of a second as the server prints.
+    let time = at.split(['+', 'Z']).next().unwrap_or(at);
+    format!("{name}-{}-{}", &id[..8], plain(time))
 }
 
 async fn copy(transaction: &Transaction<'_>, sql: &str, place: &Path, name: &'static str) -> Result<Entry> {

@@ -66,13 +66,30 @@ pub async fn report(job: &Job, args: &ReportArgs) -> Result<u8> {
         .await
         .at(Side::Target, "begin")?;
     let document = Document::load(&transaction, run.run_id).await?;
+    let ended = transaction
+        .query_one(
+            "SELECT status, dedup.ended_at(run_id)::text FROM dedup.runs WHERE run_id = $1",
+            &[&run.run_id],
+        )
+        .await
+        .at(Side::Target, "asking for the end of the run")?;
+    let status: String = ended.try_get(0).at(Side::Target, "asking for the end of the run")?;
+    let ended_at: Option<String> = ended.try_get(1).at(Side::Target, "asking for the end of the run")?;
     let archive = archive::write(&transaction, &run, &document, dir).await?;
     transaction.commit().await.at(Side::Target, "commit")?;
     session
         .client
         .execute(
-            "SELECT dedup.record_archive($1::uuid, $2::text, $3::bytea, $4::int8, $5::text::timestamptz)",
-            &[&run.run_id, &archive.location, &archive.manifest_sha256, &(archive.bytes as i64), &began],
+            "SELECT dedup.record_archive($1::uuid, $2::text, $3::bytea, $4::int8, $5::text::timestamptz, $6::text, $7::text::timestamptz)",
+            &[
+                &run.run_id,
+                &archive.location,
+                &archive.manifest_sha256,
+                &(archive.bytes as i64),
+                &began,
+                &status,
+                &ended_at,
+            ],
         )
         .await
         .at(Side::Target, "record_archive")?;

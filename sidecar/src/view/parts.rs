@@ -9,9 +9,12 @@ use super::plots;
 use crate::error::Result;
 use crate::progress::duration;
 
-/// A time as the server's JSON has it, to the second.
+/// A time as the server's JSON has it, to the second, with its zone.
 pub fn time(text: &str) -> String {
-    text.get(..19).unwrap_or(text).replace('T', " ")
+    let Some(second) = text.get(..19) else { return text.to_owned() };
+    let zone = text[19..].trim_start_matches(['.', '0', '1', '2', '3', '4', '5', '6', '7', '8', '9']);
+    let zone = if zone == "+00:00" { " UTC" } else { zone };
+    format!("{}{zone}", second.replace('T', " "))
 }
 
 /// A time left; none: not known.

@@ -251,3 +251,56 @@ async fn a_full_disk_in_sql() {
     fired_and_cleared(db, "disk_full").await;
     assert_eq!(db.one::<i64>("SELECT count(*) FROM t").await, 5000);
 }
+
+/// What can't be looked at of one run, or of a disk, hides nothing of the others.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_bad_run_among_others() {
+    let pair = loaded(1, &[]).await;
+    let db = &pair.target;
+    let bad = r#"{"settings": {"alerts": {"deadline_seconds": "x"}}}"#;
+    assert_eq!(db.fails(&format!("SELECT dedup.create_run('bad', '{bad}')")).await.0, "22023");
+    pair.run(&["public.items"]).exits(exit::DONE).await;
+    db.exec("DELETE FROM public.items WHERE id = 1").await;
+    pair.reconcile().exits(exit::HALTED).await;
+    db.exec(&format!("ALTER TABLE dedup.runs DISABLE TRIGGER check_settings; SELECT dedup.create_run('bad', '{bad}'); DELETE FROM dedup.alert_log")).await;
+    assert_eq!(db.one::<i64>("SELECT dedup.check_alerts()").await, 2);
+    let firing = db.column("SELECT name || ' ' || kind FROM dedup.alerts ORDER BY kind").await;
+    assert_eq!(firing, ["it mismatches", "bad unchecked"]);
+    db.exec("UPDATE dedup.runs SET options = '{}' WHERE name = 'bad'").await;
+    assert_eq!(db.one::<i64>("SELECT dedup.check_alerts()").await, 1);
+}
+
+/// What a strict pass found is not taken back by one that does not ask for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn mismatches_of_a_strict_pass() {
+    let pair = loaded(1, &[]).await;
+    let db = &pair.target;
+    pair.run(&["public.items"]).exits(exit::DONE).await;
+    pair.source.exec("UPDATE public.items SET body = 'later' WHERE id = 1").await;
+    pair.reconcile().arg("--strict").exits(exit::HALTED).await;
+    pair.reconcile().exits(exit::HALTED).await;
+    assert_eq!(db.one::<i64>("SELECT reconciliation_mismatch_count FROM dedup.slis").await, 1);
+    let told: String = db.one("SELECT message FROM dedup.alerts WHERE kind = 'mismatches'").await;
+    assert!(told.starts_with("1 records"), "{told}");
+}
+
+/// A run that is late is late as long as nobody works on it.
+#[tokio::test(flavor = "multi_thread")]
+async fn late_while_nothing_is_read() {
+    let pair = loaded(4, &[]).await;
+    let db = &pair.target;
+    let process = pair
+        .throttled_run(&["public.items"])
+        .args(&["--no-throttle", "--max-rate", "20kB", "--deadline", "90s"])
+        .chunk_size("10kB")
+        .spawn();
+    db.wait_until("EXISTS (SELECT FROM dedup.checkpoints WHERE status = 'verified')").await;
+    // Settled, as if a minute had gone by.
+    db.exec("UPDATE dedup.runs SET running_since = running_since - interval '2 min'").await;
+    db.wait_until(&firing("deadline")).await;
+    process.kill();
+    process.finish().await;
+    db.exec("SELECT dedup.pause_run(run_id) FROM dedup.runs; SELECT dedup.resume_run(run_id) FROM dedup.runs; DELETE FROM dedup.throughput").await;
+    db.exec("SELECT dedup.check_alerts()").await;
+    assert!(db.one::<bool>(&format!("SELECT {}", firing("deadline"))).await);
+}

@@ -212,7 +212,8 @@ async fn prometheus_scrapes_a_run() {
     prometheus
         .wait_for("count by (run) (pg_dedup_migrate_run_status{state=\"running\"})", |n| n == 1.0)
         .await;
-    // Pending: it has to last for a minute.
+    // As if it had gone on like this for a minute.
+    pair.target.exec("UPDATE dedup.runs SET running_since = running_since - interval '2 min'").await;
     prometheus.wait_for("ALERTS{alertname=\"DedupMigrateThroughput\",severity=\"P1\"}", |n| n == 1.0).await;
     let unhealthy = prometheus.query("count(up{job=\"pg_dedup_migrate\"} == 0)").await;
     assert_eq!(unhealthy, None, "a scrape failed");
@@ -294,4 +295,34 @@ async fn log_lines_as_json() {
         }
     }
     assert!(failed.stderr.contains("\"sqlstate\":\"42704\""), "{}", failed.stderr);
+}
+
+/// Clients that never say what they want take no descriptors from the workers, and `serve` serves a run that nobody works on.
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_say_nothing() {
+    use std::io::Write;
+    let pair = Pair::start().await;
+    pair.both("CREATE TABLE public.items (id int PRIMARY KEY)").await;
+    pair.run(&["public.items"]).exits(exit::DONE).await;
+    let address = free_address();
+    let process = pair.sidecar_on_target("serve").arg("last").args(&["--metrics-addr", &address]).spawn();
+    let health = format!("http://{address}/healthz");
+    assert_eq!(get(&health).await.0, 200);
+    let clients: Vec<std::net::TcpStream> = (0..200)
+        .filter_map(|_| {
+            let mut client = std::net::TcpStream::connect(&address).ok()?;
+            client.write_all(b"GET /metrics HTTP/1.1\r\nHost: ").ok()?;
+            Some(client)
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_secs(7)).await;
+    // Their time is up.
+    assert_eq!(try_get(&health).await.map(|answer| answer.0), Some(200));
+    drop(clients);
+    let (_, metrics) = get(&format!("http://{address}/metrics")).await;
+    let is_done =
+        |line: &str| line.contains("run_status") && line.contains("state=\"done\"") && line.ends_with(" 1.0");
+    assert!(metrics.lines().any(is_done), "{metrics}");
+    process.interrupt();
+    assert_eq!(process.finish().await.code, Some(exit::DONE));
 }

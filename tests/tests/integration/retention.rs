@@ -161,3 +161,69 @@ async fn purged_in_sql() {
     assert_eq!(rows(&pair).await[0], 0);
     assert_eq!(db.one::<i64>("SELECT count(*) FROM dedup.archives").await, 1);
 }
+
+/// An archive that was made while a run was being ended does not have its end.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_archive_from_before_the_end() {
+    let pair = finished().await;
+    let db = &pair.target;
+    let run: String = db.one("SELECT dedup.create_run('cancelled')::text").await;
+    let why = format!("SELECT coalesce(dedup.why_kept('{run}'), 'nothing')");
+    let other = pair.target_again().await;
+    other.exec(&format!("BEGIN; SELECT dedup.cancel_run('{run}')")).await;
+    let dir = tempfile::tempdir().expect("a folder");
+    let report =
+        || pair.sidecar_on_target("report").arg(&run).arg("--archive").arg(dir.path().display().to_string());
+    let early = report().spawn();
+    db.wait_until("EXISTS (SELECT FROM pg_stat_activity WHERE application_name LIKE 'pg-dedup-migrate/%' AND query LIKE '%record_archive%')").await;
+    other.exec("COMMIT").await;
+    assert_eq!(early.finish().await.code, Some(exit::DONE));
+    let told: String = db.one(&why).await;
+    assert!(told.starts_with("it is not archived"), "{told}");
+    report().exits(exit::DONE).await;
+    assert_eq!(db.one::<String>(&why).await, "nothing");
+}
+
+/// A dry run says how many rows would go: those that then go.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dry_run_counts_what_goes() {
+    let pair = finished().await;
+    let db = &pair.target;
+    let dir = tempfile::tempdir().expect("a folder");
+    archive(&pair, dir.path()).await;
+    db.exec("SELECT dedup.set_bake_in(run_id, now()) FROM dedup.runs").await;
+    let history = |told: &str| -> String {
+        let line = told.lines().find(|line| line.contains("history")).unwrap_or_else(|| panic!("{told}"));
+        line.split(", ").nth(1).unwrap_or_default().to_owned()
+    };
+    let foreseen = history(&purge_all(&pair, &["--dry-run"]).await);
+    assert_eq!(history(&purge_all(&pair, &[]).await), foreseen);
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM dedup.checkpoints").await, 0);
+}
+
+/// A run that failed long ago and is done after all can be rolled back.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_bake_in_begins_with_the_end() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    pair.both("CREATE TABLE public.items (id int PRIMARY KEY, body text)").await;
+    pair.source.exec("INSERT INTO public.items VALUES (1, 'a'), (2, 'b'); ANALYZE public.items").await;
+    db.exec("ALTER TABLE public.items ADD CONSTRAINT never CHECK (body IS NULL)").await;
+    pair.run(&["public.items"]).args(&["--error-budget", "0"]).exits(exit::ERROR).await;
+    assert_eq!(db.one::<String>("SELECT status FROM dedup.runs").await, "failed");
+    db.exec("SELECT dedup.set_bake_in(run_id, now()) FROM dedup.runs; ALTER TABLE public.items DROP CONSTRAINT never").await;
+    pair.resume().exits(exit::DONE).await;
+    pair.rollback("last").exits(exit::DONE).await;
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM public.items").await, 0);
+    let (state, message) = db.fails("SELECT dedup.set_bake_in(run_id, NULL) FROM dedup.runs").await;
+    assert_eq!(state, "22004", "{message}");
+}
+
+/// A name as long as one likes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_name() {
+    let pair = Pair::start().await;
+    pair.target.exec(&format!("SELECT dedup.create_run('{}')", "long ".repeat(60))).await;
+    let dir = tempfile::tempdir().expect("a folder");
+    assert!(archive(&pair, dir.path()).await.join("manifest.json").exists());
+}
