@@ -120,7 +120,10 @@ impl Interests {
                 Some(next) => Fate::Overwritten(next.ordinal),
                 None => {
                     let by_content = if stays.is_empty() { sought.take() } else { None };
-                    let by_row = || self.by_row(content, &place.key);
+                    // What stood there with the same content stands there again.
+                    let before = said[..at].iter().rev().find(|p| p.key == place.key && !leaves(p.ordinal));
+                    let comes_back = before.is_some_and(|p| !p.tombstone);
+                    let by_row = || self.by_row(content, &place.key).filter(|_| !comes_back);
                     by_content.or_else(by_row).map_or(Fate::Goes, Fate::Rested)
                 }
             };
@@ -365,15 +368,32 @@ fn for_each_replaced(rollback: &Rollback, part: &Part, mut tell: impl FnMut(u64)
 /// # Errors
 /// SPI's own.
 pub fn others(run: Uuid, chunk: Option<&str>, ordinals: &HashSet<u64>) -> Result<HashSet<u64>> {
+    of_those_that_stay(run, chunk, ordinals, false)
+}
+
+/// As [`others`], with what is nobody's.
+///
+/// # Errors
+/// SPI's own.
+pub fn staying(run: Uuid, chunk: Option<&str>, ordinals: &HashSet<u64>) -> Result<HashSet<u64>> {
+    of_those_that_stay(run, chunk, ordinals, true)
+}
+
+fn of_those_that_stay(
+    run: Uuid,
+    chunk: Option<&str>,
+    ordinals: &HashSet<u64>,
+    nobodys: bool,
+) -> Result<HashSet<u64>> {
     let ordinals: Vec<i64> = ordinals.iter().map(|o| o.cast_signed()).collect();
     Spi::connect(|client| {
         client
             .select(
-                "SELECT o.ordinal FROM dedup.ordinals AS o WHERE o.ordinal = ANY ($1) AND o.run_id IS NOT NULL \
-                     AND NOT (o.run_id = $2 AND ($3::pg_catalog.text IS NULL OR o.chunk_id = $3)) \
+                "SELECT o.ordinal FROM dedup.ordinals AS o WHERE o.ordinal = ANY ($1) AND (o.run_id IS NOT NULL OR $4) \
+                     AND (o.run_id = $2 AND ($3::pg_catalog.text IS NULL OR o.chunk_id = $3)) IS NOT TRUE \
                      AND NOT EXISTS (SELECT FROM dedup.rollback_steps AS s WHERE s.ordinal = o.ordinal AND s.undone_at IS NOT NULL)",
                 None,
-                &[ordinals.into(), run.into(), chunk.into()],
+                &[ordinals.into(), run.into(), chunk.into(), nobodys.into()],
             )?
             .map(|row| Ok(required::<i64>(row["ordinal"].value()?)?.cast_unsigned()))
             .collect()
@@ -454,5 +474,8 @@ mod tests {
         // Whoever had it before has it still when it was handed over under a later ordinal.
         let said = [place(9, false, 1)];
         assert_eq!(fates(&interests, &said, &[9]), [(9, Fate::Rested(6))]);
+        // Nor is it rested on where what stood there before comes back.
+        let said = [place(1, false, 1), place(9, false, 1)];
+        assert_eq!(fates(&interests, &said, &[9]), [(9, Fate::Goes)]);
     }
 }

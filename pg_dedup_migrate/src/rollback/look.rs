@@ -1,12 +1,12 @@
 //! Which rows of a finish are still what it wrote, and whose they are where they aren't.
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::ControlFlow;
 
 use pg_dedup_record::digest::Digest;
 use pg_dedup_record::record::RecordDigests;
 use pgrx::prelude::*;
 
-use super::dependents::others;
+use super::dependents::{others, staying};
 use super::step::{Done, Image, Plan, Step, Written, pending};
 use crate::by_key::{Reading, rows_under};
 use crate::error::Result;
@@ -103,18 +103,44 @@ pub fn look<'a>(step: &Step, done: &'a Done) -> Result<Option<(Plan<'a>, Finding
         return Ok(None);
     }
     let others = others(step.run, step.only_chunk.as_deref(), &known)?;
+    let rewritten = if step.overwritten { rewritten(step, done)? } else { HashSet::new() };
     let mut judge = Judge { step, others, plan: Plan::default(), findings: Findings::default() };
     for (n, key) in keys.iter().enumerate() {
         let row = found[n].as_ref();
         let next = next.get(*key);
         let gone = n.checked_sub(done.written.len());
         match gone.map(|n| done.removed.get(n).ok_or_else(|| &done.unknown[n - done.removed.len()])) {
+            None if rewritten.contains(&n) => {}
             None => judge.written(&done.written[n], row, next, is_written(done, n, row))?,
             Some(Ok(image)) => judge.removed(image, row, next, true)?,
             Some(Err(image)) => judge.removed(image, row, next, false)?,
         }
     }
     Ok(Some((judge.plan, judge.findings)))
+}
+
+/// Of the rows written those that stood there before, by what stays of the index: somebody took them away or changed them, and the finish, of a repair,
+/// wrote them again. They are whose they were.
+fn rewritten(step: &Step, done: &Done) -> Result<HashSet<usize>> {
+    let is_again =
+        |written: &Written| written.replaced.as_ref().is_none_or(|image| image.content != written.content);
+    let (digests, wanted) = lookup::distinct(done.written.iter().filter(|w| is_again(w)).map(|w| w.content));
+    let mut last: HashMap<(Digest, Vec<u8>), (u64, bool)> = HashMap::new();
+    lookup::for_each_hit(step.target.id, &digests, &wanted, 0, &Snapshot::latest(), |_, entry| {
+        if entry.stamp.ordinal < step.ordinal {
+            let said = (entry.stamp.ordinal, !entry.stamp.tombstone);
+            let known = last.entry((entry.digest, entry.key.to_vec())).or_insert(said);
+            *known = said.max(*known);
+        }
+        Ok(ControlFlow::Continue(()))
+    })?;
+    let stay =
+        staying(step.run, step.only_chunk.as_deref(), &last.values().map(|(ordinal, _)| *ordinal).collect())?;
+    let stood = |written: &Written| {
+        let said = last.get(&(written.content, written.key.clone()));
+        said.is_some_and(|(ordinal, stands)| *stands && stay.contains(ordinal))
+    };
+    Ok((0..done.written.len()).filter(|&n| is_again(&done.written[n]) && stood(&done.written[n])).collect())
 }
 
 /// Whether a row looks as the finish wrote it.
@@ -184,7 +210,7 @@ impl<'a> Judge<'a, '_> {
             None if next.is_some_and(|next| self.others.contains(&next.ordinal)) => {
                 let next_ordinal = next.map_or(0, |next| next.ordinal);
                 let first = first_after(self.step, &image.key, next, next_ordinal)?;
-                if self.step.forced && first != next_ordinal {
+                if self.step.forced && first != next_ordinal && !has_image(&image.key, first)? {
                     self.findings.tombstones.push(give_image(self.step, &image.key, first)?);
                 } else {
                     self.leave(&image.key, Some(image), None, row, theirs, Reason::Gone);
@@ -193,7 +219,11 @@ impl<'a> Judge<'a, '_> {
             None if removed || self.step.forced => self.plan.insert.push(&image.key),
             Some(row) if theirs && self.step.forced => {
                 let first = first_after(self.step, &image.key, next, row.owner.unwrap_or_default())?;
-                self.findings.tombstones.push(give_image(self.step, &image.key, first)?);
+                if has_image(&image.key, first)? {
+                    self.leave(&image.key, Some(image), None, Some(row), theirs, Reason::Occupied);
+                } else {
+                    self.findings.tombstones.push(give_image(self.step, &image.key, first)?);
+                }
             }
             Some(row) if self.step.forced => {
                 self.overwrite(row, Some(image.content));
@@ -309,6 +339,14 @@ fn first_after(step: &Step, key: &[u8], next: Option<&Next>, last: u64) -> Resul
         Ok(ControlFlow::Continue(()))
     })?;
     Ok(first)
+}
+
+/// Did a finish replace or remove a row under this key? Then it did not find the place empty.
+fn has_image(key: &[u8], ordinal: u64) -> Result<bool> {
+    required(Spi::get_one_with_args(
+        "SELECT EXISTS (SELECT FROM dedup.before_images WHERE ordinal = $1 AND key = $2)",
+        &[ordinal.cast_signed().into(), key.to_vec().into()],
+    )?)
 }
 
 /// Another run wrote a row where the finish had removed one: it replaced what stood there before. Returns what it took away then.

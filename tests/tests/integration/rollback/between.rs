@@ -175,3 +175,24 @@ async fn repaired_one_chunk_back_and_again() {
     }
     assert_index(db).await;
 }
+
+/// What a repair of one run wrote in the place of another's rows, which somebody had taken away or changed, is the other's.
+#[tokio::test(flavor = "multi_thread")]
+async fn repaired_for_another_run() {
+    let pair = tables("(3, 'z')", &[("sa", "(1, 'x'), (2, 'y'), (3, 'z'), (4, 'w')")]).await;
+    let db = &pair.target;
+    let a = run(db, "a", "sa").await;
+    let b = run(db, "b", "sa").await;
+    db.exec("DELETE FROM public.it WHERE id IN (1, 3); UPDATE public.it SET v = 'tampered' WHERE id = 2")
+        .await;
+    assert_eq!(reconcile(db, &b).await, "halted");
+    db.exec(&format!("SELECT dedup.repair('{b}')")).await;
+    roll_back(db, &b, false).await;
+    assert_eq!(rows(db).await, ["(1,x)", "(2,y)", "(3,z)", "(4,w)"]);
+    assert_index(db).await;
+    assert_eq!(reconcile(db, &a).await, "reconciled");
+    roll_back(db, &a, false).await;
+    assert_eq!(rows(db).await, ["(3,z)"]);
+    assert_index(db).await;
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM dedup.before_images").await, 0);
+}
