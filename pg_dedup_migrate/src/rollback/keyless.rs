@@ -91,6 +91,7 @@ fn delete(target: &Target, segments: &[Segment], alone: &mut Vec<Alone>) -> Resu
                 image: None,
                 written: Some(Digest(content)),
                 stands: None,
+                content: None,
                 reason: Reason::Gone,
             }));
         }

@@ -47,6 +47,8 @@ pub struct Alone {
     pub written: Option<Digest>,
     /// The row that stands there now, with its own key, if it is nobody's.
     pub stands: Option<(RecordDigests, Vec<u8>)>,
+    /// The content that stands there now, whosever it is.
+    pub content: Option<Digest>,
     /// Why.
     pub reason: Reason,
 }
@@ -125,20 +127,20 @@ fn rewritten(step: &Step, done: &Done) -> Result<HashSet<usize>> {
     let is_again =
         |written: &Written| written.replaced.as_ref().is_none_or(|image| image.content != written.content);
     let (digests, wanted) = lookup::distinct(done.written.iter().filter(|w| is_again(w)).map(|w| w.content));
-    let mut last: HashMap<(Digest, Vec<u8>), (u64, bool)> = HashMap::new();
+    // Of each place all that was said before: ordinals, and whether it stands.
+    let mut said: HashMap<(Digest, Vec<u8>), Vec<(u64, bool)>> = HashMap::new();
     lookup::for_each_hit(step.target.id, &digests, &wanted, 0, &Snapshot::latest(), |_, entry| {
         if entry.stamp.ordinal < step.ordinal {
-            let said = (entry.stamp.ordinal, !entry.stamp.tombstone);
-            let known = last.entry((entry.digest, entry.key.to_vec())).or_insert(said);
-            *known = said.max(*known);
+            let place = said.entry((entry.digest, entry.key.to_vec())).or_default();
+            place.push((entry.stamp.ordinal, !entry.stamp.tombstone));
         }
         Ok(ControlFlow::Continue(()))
     })?;
-    let stay =
-        staying(step.run, step.only_chunk.as_deref(), &last.values().map(|(ordinal, _)| *ordinal).collect())?;
+    let ordinals = said.values().flatten().map(|(ordinal, _)| *ordinal).collect();
+    let stay = staying(step.run, step.only_chunk.as_deref(), &ordinals)?;
     let stood = |written: &Written| {
-        let said = last.get(&(written.content, written.key.clone()));
-        said.is_some_and(|(ordinal, stands)| *stands && stay.contains(ordinal))
+        let said = said.get(&(written.content, written.key.clone())).map(Vec::as_slice).unwrap_or_default();
+        said.iter().filter(|(ordinal, _)| stay.contains(ordinal)).max().is_some_and(|(_, stands)| *stands)
     };
     Ok((0..done.written.len()).filter(|&n| is_again(&done.written[n]) && stood(&done.written[n])).collect())
 }
@@ -260,7 +262,15 @@ impl<'a> Judge<'a, '_> {
     ) {
         // What is another run's has its entry.
         let stands = row.filter(|_| !theirs).map(|row| (row.digests, row.key.clone()));
-        self.findings.alone.push(Alone { key: key.to_vec(), image: image.cloned(), written, stands, reason });
+        let content = row.map(|row| row.digests.content);
+        self.findings.alone.push(Alone {
+            key: key.to_vec(),
+            image: image.cloned(),
+            written,
+            stands,
+            content,
+            reason,
+        });
     }
 }
 

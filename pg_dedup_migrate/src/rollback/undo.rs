@@ -181,7 +181,7 @@ fn tell_index(step: &Step, findings: &Findings) -> Result<()> {
         if let Some((digests, key)) = &alone.stands {
             entries.push((digests.content, false, digests.row.short(), key));
         }
-        if let Some(image) = &alone.image {
+        if let Some(image) = alone.image.as_ref().filter(|image| alone.content != Some(image.content)) {
             entries.push((image.content, true, [0; Digest::SHORT_LEN], &image.key));
         }
     }

@@ -196,3 +196,41 @@ async fn repaired_for_another_run() {
     assert_index(db).await;
     assert_eq!(db.one::<i64>("SELECT count(*) FROM dedup.before_images").await, 0);
 }
+
+/// What is left alone because it is another run's stands, also where the finish had found a row with the same content.
+#[tokio::test(flavor = "multi_thread")]
+async fn left_to_another_run() {
+    let pair = tables("", &[("sa", "(1, 'x'), (2, 'y')")]).await;
+    let db = &pair.target;
+    db.exec("ALTER TABLE public.it ADD COLUMN n int; ALTER TABLE public.sa ADD COLUMN n int DEFAULT 1").await;
+    let a = run(db, "a", "sa").await;
+    db.exec("UPDATE public.it SET n = 11 WHERE id = 1").await;
+    assert_eq!(reconcile(db, &a).await, "halted");
+    db.exec(&format!("SELECT dedup.repair('{a}')")).await;
+    let b = run(db, "b", "sa").await;
+    db.exec("DELETE FROM public.it WHERE id = 1").await;
+    assert_eq!(reconcile(db, &b).await, "halted");
+    db.exec(&format!("SELECT dedup.repair('{b}')")).await;
+    roll_back(db, &a, true).await;
+    assert_eq!(rows(db).await, ["(1,x,1)", "(2,y,1)"]);
+    assert_index(db).await;
+    assert_eq!(reconcile(db, &b).await, "reconciled");
+}
+
+/// Repaired twice, what a run wrote in the place of another's row is the other's still.
+#[tokio::test(flavor = "multi_thread")]
+async fn repaired_twice_for_another_run() {
+    let pair = tables("", &[("sa", "(1, 'x'), (2, 'y')")]).await;
+    let db = &pair.target;
+    let a = run(db, "a", "sa").await;
+    let b = run(db, "b", "sa").await;
+    for _ in 0..2 {
+        db.exec("DELETE FROM public.it WHERE id = 1").await;
+        assert_eq!(reconcile(db, &b).await, "halted");
+        db.exec(&format!("SELECT dedup.repair('{b}')")).await;
+    }
+    roll_back(db, &b, true).await;
+    assert_eq!(rows(db).await, ["(1,x)", "(2,y)"]);
+    assert_index(db).await;
+    assert_eq!(reconcile(db, &a).await, "reconciled");
+}
