@@ -110,7 +110,7 @@ BEGIN
             AND (r.owner = current_user OR r.options #>> '{settings,throttle,query}' IS NULL OR o.decided_at IS NULL OR o.decided_at < clock_timestamp() - interval '5 s') FOR NO KEY UPDATE SKIP LOCKED;
         IF FOUND THEN
             UPDATE dedup.throttle AS o SET turn_ends = clock_timestamp() + interval '10 s', decided_by = process WHERE o.run_id = run;
-            turn := jsonb_build_object('byte_rate', t.byte_rate, 'active_chunks', t.active_chunks, 'controller', t.controller, 'throughput', throughput, 'lanes', all_lanes,
+            turn := jsonb_build_object('byte_rate', t.byte_rate, 'active_chunks', t.active_chunks, 'controller', t.controller, 'throughput', throughput, 'lanes', all_lanes, 'busy', others_busy + throttle_report.busy,
                 'options', coalesce(r.options #> '{settings,throttle}', '{}'));
         END IF;
         SELECT * INTO t FROM dedup.throttle AS o WHERE o.run_id = run;

@@ -48,7 +48,7 @@ fn delete(target: &Target, segments: &[Segment], alone: &mut Vec<Alone>) -> Resu
     let snapshot = Snapshot::latest();
     let mut reader = BlockReader::new(&blocks, &snapshot)?;
     let mut deleted = 0;
-    for pass in Passes::of(segment::most_entries(segments), 96).each() {
+    for pass in Passes::of(segment::most_entries(segments), 192).each() {
         // A row that was gone and is written again is taken off under the ordinal that it was written under first.
         let mut taken_off: HashMap<([u8; 32], u64), u32> = HashMap::new();
         let mut entries: HashMap<([u8; 32], u64, [u8; 8]), u32> = HashMap::new();

@@ -171,8 +171,9 @@ impl Decider {
             active: turn["active_chunks"].as_u64().and_then(|active| u32::try_from(active).ok()),
         };
         let throughput = number(&turn["throughput"]).unwrap_or(0.0);
-        let hardly_moving =
-            throughput < bounds.least / 10.0 || limits.rate.is_some_and(|rate| rate <= bounds.least);
+        // Paused, or between chunks; or as slow as it may be.
+        let idle = turn["busy"].as_u64() == Some(0);
+        let hardly_moving = idle || limits.rate.is_some_and(|rate| rate <= bounds.least);
         for (name, latency, probed) in [
             ("source_read_ms", "source_probe", self.source.as_mut()),
             ("target_commit_ms", "target_probe", Some(&mut self.target)),
