@@ -205,5 +205,5 @@ async fn connections_timeouts_and_room() {
         .args(&["--json", "--table", "public.t", "--workers", "8"])
         .exits(exit::ERROR)
         .await;
-    assert_found(&output, "blocker target:", &["16 connections are needed", "fewer --workers"]);
+    assert_found(&output, "blocker target:", &["17 connections are needed", "fewer --workers"]);
 }
