@@ -109,8 +109,9 @@ async fn beside_a_load_generator() {
         })
     });
     db.wait_until("EXISTS (SELECT FROM pg_stat_activity WHERE application_name = 'pgbench' AND state_change > now() - interval '1 s')").await;
-    let flags = ["--min-rate", "100B", "--max-rate", "2MB"];
-    let mut running = pair.throttled_run(&["public.items"]).args(&flags).chunk_size("2kB").workers(2).spawn();
+    let flags = ["--min-rate", "50kB", "--max-rate", "400kB"];
+    let mut running =
+        pair.throttled_run(&["public.items"]).args(&flags).chunk_size("10kB").workers(2).spawn();
     running.wait_for("others are at work").await;
     db.wait_until("EXISTS (SELECT FROM dedup.checkpoints WHERE status = 'verified') AND (SELECT state FROM dedup.throttle) <> 'free'").await;
     for load in load {
