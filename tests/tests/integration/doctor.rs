@@ -176,7 +176,7 @@ async fn privileges_rows_that_are_hidden_and_encodings() {
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_timeouts_and_room() {
     let pair = Pair::start_with(&[
-        "max_connections = 12",
+        "max_connections = 14",
         "statement_timeout = 5000",
         "idle_session_timeout = 7000",
     ])
