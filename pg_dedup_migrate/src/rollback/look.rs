@@ -121,14 +121,17 @@ pub fn look<'a>(step: &Step, done: &'a Done) -> Result<Option<(Plan<'a>, Finding
     Ok(Some((judge.plan, judge.findings)))
 }
 
+/// What an entry says: its ordinal, and whether the content stands.
+type Said = (u64, bool);
+
 /// Of the rows written those that stood there before, by what stays of the index: somebody took them away or changed them, and the finish, of a repair,
 /// wrote them again. They are whose they were.
 fn rewritten(step: &Step, done: &Done) -> Result<HashSet<usize>> {
     let is_again =
         |written: &Written| written.replaced.as_ref().is_none_or(|image| image.content != written.content);
     let (digests, wanted) = lookup::distinct(done.written.iter().filter(|w| is_again(w)).map(|w| w.content));
-    // Of each place all that was said before: ordinals, and whether it stands.
-    let mut said: HashMap<(Digest, Vec<u8>), Vec<(u64, bool)>> = HashMap::new();
+    // Of each place all that was said before.
+    let mut said: HashMap<(Digest, Vec<u8>), Vec<Said>> = HashMap::new();
     lookup::for_each_hit(step.target.id, &digests, &wanted, 0, &Snapshot::latest(), |_, entry| {
         if entry.stamp.ordinal < step.ordinal {
             let place = said.entry((entry.digest, entry.key.to_vec())).or_default();
