@@ -96,6 +96,9 @@ BEGIN
     END IF;
     RETURN NEW;
 END $$;
+COMMENT ON FUNCTION dedup.keep_owner() IS 'trigger: a run belongs to the role that created it';
+CREATE TRIGGER keep_owner BEFORE INSERT OR UPDATE ON dedup.runs FOR EACH ROW EXECUTE FUNCTION dedup.keep_owner();
+
 -- What views and alerts of all runs read of each.
 CREATE FUNCTION dedup.check_settings() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -116,9 +119,6 @@ END $$;
 COMMENT ON FUNCTION dedup.check_settings() IS 'trigger: settings of a run are what is read of them later';
 CREATE TRIGGER check_settings BEFORE INSERT OR UPDATE OF options ON dedup.runs FOR EACH ROW EXECUTE FUNCTION dedup.check_settings();
 COMMENT ON TRIGGER check_settings ON dedup.runs IS 'settings of a run are what is read of them later';
-
-COMMENT ON FUNCTION dedup.keep_owner() IS 'trigger: a run belongs to the role that created it';
-CREATE TRIGGER keep_owner BEFORE INSERT OR UPDATE ON dedup.runs FOR EACH ROW EXECUTE FUNCTION dedup.keep_owner();
 
 CREATE FUNCTION dedup.keep_stored_sql() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN

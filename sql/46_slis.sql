@@ -14,9 +14,7 @@ COMMENT ON FUNCTION dedup.chunk_attempts(uuid) IS 'attempts at chunks that ended
 -- A later pass that was not as strict may have found none.
 CREATE FUNCTION dedup.held_mismatches(run uuid) RETURNS bigint
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT sum(k.missing_count + k.changed_count + k.extra_count + k.surviving_duplicate_count + CASE WHEN p.is_strict THEN k.source_changed_count ELSE 0 END)::bigint
-    FROM dedup.reconciliations AS p JOIN dedup.reconciled_chunks AS k USING (reconciliation_id)
-    WHERE p.reconciliation_id = (SELECT max(x.reconciliation_id) FROM dedup.reconciliations AS x WHERE x.holds = run)
+    SELECT dedup.mismatches_of(max(x.reconciliation_id)) FROM dedup.reconciliations AS x WHERE x.holds = run
 $$;
 COMMENT ON FUNCTION dedup.held_mismatches(uuid) IS 'mismatches of the last pass that holds a run; null: none does';
 

@@ -105,6 +105,15 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
 $$;
 COMMENT ON FUNCTION dedup.chunks_to_reconcile(bigint) IS 'chunks that a pass has not compared yet';
 
+-- What the source has changed since is a mismatch of a strict pass only.
+CREATE FUNCTION dedup.mismatches_of(reconciliation bigint) RETURNS bigint
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT sum(k.missing_count + k.changed_count + k.extra_count + k.surviving_duplicate_count + CASE WHEN p.is_strict THEN k.source_changed_count ELSE 0 END)::bigint
+    FROM dedup.reconciliations AS p JOIN dedup.reconciled_chunks AS k USING (reconciliation_id)
+    WHERE p.reconciliation_id = reconciliation
+$$;
+COMMENT ON FUNCTION dedup.mismatches_of(bigint) IS 'mismatches that a pass found; null: it has compared nothing';
+
 CREATE FUNCTION dedup.close_reconcile(reconciliation bigint) RETURNS text
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET synchronous_commit = on AS $$
 DECLARE
@@ -136,7 +145,7 @@ BEGIN
         PERFORM dedup.log_event(p.run_id, NULL, 'reconcile_abandoned', jsonb_build_object('reconciliation_id', reconciliation, 'status', r.status));
         RETURN 'abandoned';
     END IF;
-    SELECT sum(k.missing_count + k.changed_count + k.extra_count + k.surviving_duplicate_count + CASE WHEN p.is_strict THEN k.source_changed_count ELSE 0 END),
+    SELECT dedup.mismatches_of(reconciliation),
         jsonb_build_object('reconciliation_id', reconciliation, 'sample', p.sample, 'source', sum(k.source_count), 'present', sum(k.present_count),
             'duplicate', sum(k.duplicate_count), 'quarantined', sum(k.quarantined_count), 'missing', sum(k.missing_count), 'changed', sum(k.changed_count),
             'extra', sum(k.extra_count), 'surviving_duplicate', sum(k.surviving_duplicate_count), 'foreign', sum(k.foreign_count),
@@ -189,9 +198,8 @@ COMMENT ON FUNCTION dedup.close_reconcile(bigint) IS 'gives the verdict of a pas
 -- What the last verdict over a run was about.
 CREATE FUNCTION dedup.open_mismatches(run uuid) RETURNS bigint
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT coalesce(sum(k.missing_count + k.changed_count + k.extra_count + k.surviving_duplicate_count + CASE WHEN p.is_strict THEN k.source_changed_count ELSE 0 END), 0)::bigint
-    FROM dedup.reconciliations AS p JOIN dedup.reconciled_chunks AS k USING (reconciliation_id)
-    WHERE p.reconciliation_id = (SELECT max(x.reconciliation_id) FROM dedup.reconciliations AS x WHERE x.run_id = run AND (x.verdict = 'mismatch' OR x.verdict = 'clean' AND x.sample = 1))
+    SELECT coalesce(dedup.mismatches_of(max(x.reconciliation_id)), 0)
+    FROM dedup.reconciliations AS x WHERE x.run_id = run AND (x.verdict = 'mismatch' OR x.verdict = 'clean' AND x.sample = 1)
 $$;
 COMMENT ON FUNCTION dedup.open_mismatches(uuid) IS 'mismatches that the last pass over a run found';
 

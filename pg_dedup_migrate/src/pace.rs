@@ -23,7 +23,7 @@ thread_local! {
     static PACE: Cell<Option<(f64, Instant)>> = const { Cell::new(None) };
 }
 
-/// As long as it lives, [`point`] rests.
+/// As long as it lives, [`point`] and [`rest_if_due`] rest.
 #[must_use]
 pub struct Pace(());
 
@@ -58,6 +58,11 @@ fn keep_to(sql: &str, whose: DatumWithOid<'_>) -> Result<Pace> {
 /// Between two pieces of work, with nothing half done and no lock of shared memory held: lets interrupts in, and rests if it is time to.
 pub fn point() {
     pgrx::check_for_interrupts!();
+    rest_if_due();
+}
+
+/// [`point`] where somebody else sees to interrupts.
+pub fn rest_if_due() {
     let Some((share, since)) = PACE.get() else { return };
     let worked = since.elapsed();
     if worked < WORK {

@@ -14,6 +14,19 @@ pub fn execute(query: &str, arguments: &[DatumWithOid<'_>]) -> Result<i64> {
     Spi::connect_mut(|client| Ok(client.update(query, None, arguments)?.len() as i64))
 }
 
+/// The ordinals that a query answers, in its column `ordinal`.
+///
+/// # Errors
+/// SPI's own.
+pub fn ordinals<C: FromIterator<u64>>(query: &str, arguments: &[DatumWithOid<'_>]) -> Result<C> {
+    Spi::connect(|client| {
+        client
+            .select(query, None, arguments)?
+            .map(|row| Ok(required::<i64>(row["ordinal"].value()?)?.cast_unsigned()))
+            .collect()
+    })
+}
+
 /// A checksum as checkpoints keep it.
 ///
 /// # Errors

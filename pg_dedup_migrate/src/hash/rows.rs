@@ -1,7 +1,7 @@
 //! A query's rows, hashed one by one as the executor emits them.
 //!
 //! The executor hands every row to a receiver of ours while it still lies in the table's buffer: nothing is copied
-//! into a tuple table, and memory does not grow with the number of rows. Between two rows it rests where the run is slowed.
+//! into a tuple table, and memory does not grow with the number of rows. Interrupts are the executor's business; between two rows it rests where the run is slowed.
 //!
 //! ```text
 //! SPI_execute_plan_extended ─▶ executor ─▶ receive_slot ─▶ FieldReader ─▶ RowView ─▶ on_row
@@ -320,7 +320,7 @@ unsafe extern "C-unwind" fn receive_slot(
     match outcome {
         Ok(()) => {
             receiver.rows += 1;
-            pace::point();
+            pace::rest_if_due();
             true
         }
         Err(error) => {

@@ -362,7 +362,7 @@ impl<'a> Comparison<'a> {
                     continue;
                 }
                 Kind::SurvivingDuplicate
-            } else if owner == Owner::Nobody && place.is_none() {
+            } else if place.is_none() {
                 Kind::Foreign
             } else if is_ours && fate == Fate::Dropped {
                 Kind::Changed
@@ -610,6 +610,7 @@ pub fn recheck(reconciliation: i64) -> Result<i64> {
 
 /// The pass has to be settled once more; says whether it was.
 fn unsettle(reconciliation: i64) -> Result<bool> {
+    // Locked whether settled or not: a settling that is about to commit is waited for and seen, where a condition in the UPDATE would pass it by.
     let settled = Spi::get_one_with_args::<bool>(
         "SELECT settled_at IS NOT NULL FROM dedup.reconciliations WHERE reconciliation_id = $1 FOR NO KEY UPDATE",
         &[reconciliation.into()],

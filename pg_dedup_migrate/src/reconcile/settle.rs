@@ -28,7 +28,7 @@ use crate::passes::{Pass, Passes};
 use crate::relation::{Access, Snapshot, Table};
 use crate::repair::is_indexed;
 use crate::segment;
-use crate::sql::required;
+use crate::sql::{self, required};
 
 /// Compares the index of every target of a run with its rows.
 ///
@@ -106,30 +106,15 @@ pub fn settle(reconciliation: i64) -> Result<()> {
 
 /// Everything that a run has written under; what was kept for it when another run was rolled back is that run's writing.
 fn ordinals_of(run: Uuid) -> Result<HashSet<u64>> {
-    Spi::connect(|client| {
-        client
-            .select(
-                "SELECT ordinal FROM dedup.ordinals WHERE run_id = $1 AND heir_of IS NULL",
-                None,
-                &[run.into()],
-            )?
-            .map(|row| Ok(required::<i64>(row["ordinal"].value()?)?.cast_unsigned()))
-            .collect()
-    })
+    sql::ordinals("SELECT ordinal FROM dedup.ordinals WHERE run_id = $1 AND heir_of IS NULL", &[run.into()])
 }
 
 /// Under which rows were entered that stood in a target before any run, or are nobody's any more.
 fn nobodys_ordinals(target: i32) -> Result<HashSet<u64>> {
-    Spi::connect(|client| {
-        client
-            .select(
-                "SELECT ordinal FROM dedup.ordinals WHERE target_id = $1 AND run_id IS NULL",
-                None,
-                &[target.into()],
-            )?
-            .map(|row| Ok(required::<i64>(row["ordinal"].value()?)?.cast_unsigned()))
-            .collect()
-    })
+    sql::ordinals(
+        "SELECT ordinal FROM dedup.ordinals WHERE target_id = $1 AND run_id IS NULL",
+        &[target.into()],
+    )
 }
 
 /// What the chunks of a pass have found of one target.

@@ -13,7 +13,7 @@ use crate::lookup::{self, Subject};
 use crate::matching::{Match, rested_on};
 use crate::references;
 use crate::relation::Snapshot;
-use crate::sql::required;
+use crate::sql::{self, required};
 use crate::upsert;
 
 /// Rows that are equal to their records and are to be claimed all the same: those of the run whose content an older row holds, too, and, where all that
@@ -66,16 +66,10 @@ pub fn twins<'k>(
 /// Of these ordinals those of the chunk's run.
 fn ordinals_of_run(chunk: &OpenChunk, ordinals: impl Iterator<Item = u64>) -> Result<HashSet<u64>> {
     let ordinals: HashSet<i64> = ordinals.map(u64::cast_signed).collect();
-    Spi::connect(|client| {
-        client
-            .select(
-                "SELECT ordinal FROM dedup.ordinals WHERE ordinal = ANY ($1) AND run_id = $2",
-                None,
-                &[ordinals.into_iter().collect::<Vec<_>>().into(), chunk.run.into()],
-            )?
-            .map(|row| Ok(required::<i64>(row["ordinal"].value()?)?.cast_unsigned()))
-            .collect()
-    })
+    sql::ordinals(
+        "SELECT ordinal FROM dedup.ordinals WHERE ordinal = ANY ($1) AND run_id = $2",
+        &[ordinals.into_iter().collect::<Vec<_>>().into(), chunk.run.into()],
+    )
 }
 
 /// Rows of the chunk that the source does not have, as long as they are what was found; locked. A record may have come back since.

@@ -20,7 +20,7 @@ use crate::merge::Merge;
 use crate::passes::{Pass, Passes};
 use crate::relation::{Access, Snapshot, Table};
 use crate::segment;
-use crate::sql::required;
+use crate::sql::{self, required};
 
 /// Ordinals that are none of the rollback's, of runs that stand; parameters: target, run, chunk or null.
 const OTHERS: &str = "dedup.ordinals AS o JOIN dedup.runs AS r ON r.run_id = o.run_id \
@@ -386,18 +386,12 @@ fn of_those_that_stay(
     nobodys: bool,
 ) -> Result<HashSet<u64>> {
     let ordinals: Vec<i64> = ordinals.iter().map(|o| o.cast_signed()).collect();
-    Spi::connect(|client| {
-        client
-            .select(
-                "SELECT o.ordinal FROM dedup.ordinals AS o WHERE o.ordinal = ANY ($1) AND (o.run_id IS NOT NULL OR $4) \
+    sql::ordinals(
+        "SELECT o.ordinal FROM dedup.ordinals AS o WHERE o.ordinal = ANY ($1) AND (o.run_id IS NOT NULL OR $4) \
                      AND (o.run_id = $2 AND ($3::pg_catalog.text IS NULL OR o.chunk_id = $3)) IS NOT TRUE \
                      AND NOT EXISTS (SELECT FROM dedup.rollback_steps AS s WHERE s.ordinal = o.ordinal AND s.undone_at IS NOT NULL)",
-                None,
-                &[ordinals.into(), run.into(), chunk.into(), nobodys.into()],
-            )?
-            .map(|row| Ok(required::<i64>(row["ordinal"].value()?)?.cast_unsigned()))
-            .collect()
-    })
+        &[ordinals.into(), run.into(), chunk.into(), nobodys.into()],
+    )
 }
 
 #[cfg(test)]

@@ -36,7 +36,7 @@ use crate::keyset::qualified_name;
 use crate::pace;
 use crate::relation::Snapshot;
 use crate::segment::{self, Segment};
-use crate::sql::required;
+use crate::sql::{self, required};
 use heirs::HandedOver;
 
 /// A row of `dedup.rollbacks`.
@@ -132,16 +132,10 @@ impl Part {
 }
 
 fn ordinals(run: Uuid, chunk: Option<&str>, target: i32) -> Result<BTreeSet<u64>> {
-    Spi::connect(|client| {
-        client
-            .select(
-                "SELECT ordinal FROM dedup.ordinals WHERE run_id = $1 AND target_id = $2 AND ($3::pg_catalog.text IS NULL OR chunk_id = $3)",
-                None,
-                &[run.into(), target.into(), chunk.into()],
-            )?
-            .map(|row| Ok(required::<i64>(row["ordinal"].value()?)?.cast_unsigned()))
-            .collect()
-    })
+    sql::ordinals(
+        "SELECT ordinal FROM dedup.ordinals WHERE run_id = $1 AND target_id = $2 AND ($3::pg_catalog.text IS NULL OR chunk_id = $3)",
+        &[run.into(), target.into(), chunk.into()],
+    )
 }
 
 /// Rows are taken out of a table by one rollback at a time.

@@ -2,19 +2,18 @@
 use std::collections::BTreeSet;
 
 use pg_dedup_record::sql::quote_ident;
-use pg_dedup_record::{BatchBuilder, pgcopy};
-use pgrx::JsonB;
+use pg_dedup_record::{Batch, BatchBuilder, pgcopy};
 use pgrx::prelude::*;
+use pgrx::{JsonB, pg_sys};
 
-use super::step::{Plan, Step};
+use super::step::{Plan, Step, layouts};
 use crate::by_key::{Reading, rows_under};
 use crate::copy::copy_in;
 use crate::error::{Error, Result};
-use crate::hash::layout::stored_layout;
 use crate::index::Target;
-use crate::keyset::{KeyTypes, column_list, qualified_name};
+use crate::keyset::{column_list, qualified_name};
 use crate::planning::{ByIndex, ExactTexts};
-use crate::sql::{execute, required};
+use crate::sql::{execute, ordinals, required};
 use crate::upsert;
 
 /// Images that are restored together have about this many bytes.
@@ -36,36 +35,28 @@ pub fn restore(step: &Step, plan: &Plan<'_>) -> Result<i64> {
 pub fn restore_keyless(target: &Target, ordinals: &BTreeSet<u64>) -> Result<i64> {
     let ordinals: Vec<i64> = ordinals.iter().map(|o| o.cast_signed()).collect();
     let mut restored = 0;
-    let mut put_back = |batch: BatchBuilder| -> Result<()> {
-        let mut batch = batch;
-        batch.push(pgcopy::trailer()).map_err(unreadable)?;
-        let batch = batch.finish().map_err(unreadable)?;
-        copy_in(target.table, &target.layout, &batch, &(0..batch.len() as u32).collect::<Vec<_>>())?;
+    let mut put_back = |images: Images| -> Result<()> {
+        let (batch, _) = images.finish()?;
         restored += batch.len() as i64;
-        Ok(())
-    };
-    let begin = || -> Result<BatchBuilder> {
-        let mut batch = BatchBuilder::new(&target.layout, true);
-        batch.push(pgcopy::header()).map_err(unreadable)?;
-        Ok(batch)
+        copy_all(target.table, target, &batch)
     };
     Spi::connect(|client| -> Result<()> {
         let mut cursor = client.open_cursor(
             "SELECT image FROM dedup.before_images WHERE ordinal = ANY ($1)",
             &[ordinals.clone().into()],
         );
-        let mut batch = begin()?;
+        let mut images = Images::new(target)?;
         loop {
             // Each may be as large as a row can be.
             let rows = cursor.fetch(8)?;
             if rows.is_empty() {
-                return put_back(batch);
+                return put_back(images);
             }
             for row in rows {
                 let image: Vec<u8> = required(row["image"].value()?)?;
-                batch.push(&image).map_err(unreadable)?;
-                if batch.bytes() > BATCH_BYTES {
-                    put_back(std::mem::replace(&mut batch, begin()?))?;
+                images.batch.push(&image).map_err(unreadable)?;
+                if images.batch.bytes() > BATCH_BYTES {
+                    put_back(std::mem::replace(&mut images, Images::new(target)?))?;
                 }
             }
         }
@@ -92,10 +83,22 @@ struct Images {
 
 impl Images {
     fn new(target: &Target) -> Result<Self> {
-        let mut batch = BatchBuilder::new(&target.layout, false);
+        let mut batch = BatchBuilder::new(&target.layout, target.layout.key.is_empty());
         batch.push(pgcopy::header()).map_err(unreadable)?;
         Ok(Self { batch, others: Vec::new() })
     }
+
+    /// The rows, with the columns that the run did not deliver.
+    fn finish(mut self) -> Result<(Batch, Vec<Option<JsonB>>)> {
+        self.batch.push(pgcopy::trailer()).map_err(unreadable)?;
+        Ok((self.batch.finish().map_err(unreadable)?, self.others))
+    }
+}
+
+/// Sends all rows of a batch into a table.
+fn copy_all(table: pg_sys::Oid, target: &Target, batch: &Batch) -> Result<()> {
+    let all: Vec<u32> = (0..batch.len() as u32).collect();
+    copy_in(table, &target.layout, batch, &all).map(drop)
 }
 
 fn unreadable(error: pg_dedup_record::BatchError) -> Error {
@@ -108,7 +111,8 @@ fn from_images(step: &Step, keys: &[&[u8]], way: Way) -> Result<i64> {
     }
     let mut restored = 0;
     let mut count = 0;
-    for (layout, target) in layouts(step)? {
+    for (layout_of, target) in layouts(step, &layout_ordinals(step)?)? {
+        let layout_of: Vec<i64> = layout_of.into_iter().map(u64::cast_signed).collect();
         // As many keys at a time as keep the images within bounds if they are small; large ones flush earlier.
         for some in keys.chunks(20_000) {
             let some: Vec<Vec<u8>> = some.iter().map(|key| key.to_vec()).collect();
@@ -116,8 +120,8 @@ fn from_images(step: &Step, keys: &[&[u8]], way: Way) -> Result<i64> {
             Spi::connect(|client| -> Result<()> {
                 let mut cursor = client.open_cursor(
                     "SELECT b.image, b.other_columns FROM dedup.before_images AS b JOIN pg_catalog.unnest($2) AS k(key) USING (key) \
-                     WHERE b.ordinal = $1 AND coalesce(b.layout_ordinal, b.ordinal) = $3",
-                    &[step.ordinal.cast_signed().into(), some.into(), layout.into()],
+                     WHERE b.ordinal = $1 AND coalesce(b.layout_ordinal, b.ordinal) = ANY ($3)",
+                    &[step.ordinal.cast_signed().into(), some.into(), layout_of.clone().into()],
                 );
                 loop {
                     // Each may be as large as a row can be.
@@ -146,44 +150,22 @@ fn from_images(step: &Step, keys: &[&[u8]], way: Way) -> Result<i64> {
     Ok(restored)
 }
 
-/// The target with the columns that images have, and the ordinal that names these; mostly the step's own alone.
-fn layouts(step: &Step) -> Result<Vec<(i64, Target)>> {
-    let found: Vec<(i64, JsonB)> = Spi::connect(|client| -> Result<_> {
-        client
-            .select(
-                "SELECT i.ordinal, t.layout FROM (SELECT DISTINCT coalesce(b.layout_ordinal, b.ordinal) AS ordinal FROM dedup.before_images AS b \
-                     WHERE b.ordinal = $1) AS i \
-                 JOIN dedup.ordinals AS o USING (ordinal) LEFT JOIN dedup.checkpoints AS c USING (run_id, chunk_id) \
-                 JOIN dedup.run_tables AS t ON t.run_id = coalesce(o.heir_of, o.run_id) AND t.table_id = coalesce(o.heir_table, c.table_id)",
-                None,
-                &[step.ordinal.cast_signed().into()],
-            )?
-            .map(|row| Ok((required(row["ordinal"].value()?)?, required(row["layout"].value()?)?)))
-            .collect()
-    })?;
-    found
-        .into_iter()
-        .map(|(ordinal, layout)| {
-            let layout = stored_layout(layout)?;
-            let table = step.target.table;
-            Ok((
-                ordinal,
-                Target { id: step.target.id, table, key_types: KeyTypes::of(table, &layout)?, layout },
-            ))
-        })
-        .collect()
+/// Finishes that name the columns which images of the step have; mostly the step's own alone.
+fn layout_ordinals(step: &Step) -> Result<BTreeSet<u64>> {
+    ordinals(
+        "SELECT DISTINCT coalesce(layout_ordinal, ordinal) AS ordinal FROM dedup.before_images WHERE ordinal = $1",
+        &[step.ordinal.cast_signed().into()],
+    )
 }
 
 fn put_back(step: &Step, target: &Target, images: Images, way: Way) -> Result<i64> {
-    let Images { mut batch, others } = images;
-    batch.push(pgcopy::trailer()).map_err(unreadable)?;
-    let batch = batch.finish().map_err(unreadable)?;
+    let (batch, others) = images.finish()?;
     if batch.is_empty() {
         return Ok(0);
     }
     let Target { table, layout, key_types, .. } = target;
     let staging = upsert::staging_table(*table, layout)?;
-    copy_in(staging, layout, &batch, &(0..batch.len() as u32).collect::<Vec<_>>())?;
+    copy_all(staging, target, &batch)?;
     let keys = (0..batch.len())
         .map(|i| batch.key(i))
         .collect::<std::result::Result<Vec<_>, _>>()
@@ -235,12 +217,7 @@ fn other_columns(target: &Target, others: &[Option<JsonB>]) -> Result<Vec<(Strin
 }
 
 /// Inserts the staged rows, those that have values of further columns with these.
-fn insert(
-    target: &Target,
-    staging: pgrx::pg_sys::Oid,
-    keys: &[&[u8]],
-    others: Vec<Option<JsonB>>,
-) -> Result<i64> {
+fn insert(target: &Target, staging: pg_sys::Oid, keys: &[&[u8]], others: Vec<Option<JsonB>>) -> Result<i64> {
     let Target { table, layout, key_types, .. } = target;
     let columns: Vec<String> = layout.columns.iter().map(|c| quote_ident(&c.name)).collect();
     let further = other_columns(target, &others)?;

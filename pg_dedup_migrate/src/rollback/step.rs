@@ -13,7 +13,7 @@ use crate::index::Target;
 use crate::keyset::KeyTypes;
 use crate::relation::{Access, Snapshot, Table};
 use crate::segment::{self, BlockReader, Segment};
-use crate::sql::{required, stored_digest};
+use crate::sql::{self, required, stored_digest};
 
 /// A finish that is taken back.
 pub struct Step {
@@ -244,14 +244,8 @@ pub fn layouts(step: &Step, ordinals: &BTreeSet<u64>) -> Result<Vec<(BTreeSet<u6
 /// SPI's own.
 pub fn pending(step: &Step, ordinals: &HashSet<u64>) -> Result<HashSet<u64>> {
     let ordinals: Vec<i64> = ordinals.iter().map(|o| o.cast_signed()).collect();
-    Spi::connect(|client| {
-        client
-            .select(
-                "SELECT ordinal FROM dedup.rollback_steps WHERE rollback_id = $1 AND ordinal = ANY ($2) AND undone_at IS NULL",
-                None,
-                &[step.rollback.into(), ordinals.into()],
-            )?
-            .map(|row| Ok(required::<i64>(row["ordinal"].value()?)?.cast_unsigned()))
-            .collect()
-    })
+    sql::ordinals(
+        "SELECT ordinal FROM dedup.rollback_steps WHERE rollback_id = $1 AND ordinal = ANY ($2) AND undone_at IS NULL",
+        &[step.rollback.into(), ordinals.into()],
+    )
 }

@@ -77,6 +77,35 @@ impl Probed {
         }
     }
 
+    /// What the server says of itself, in time, or why it says nothing.
+    async fn signals(&mut self, run: Uuid) -> Value {
+        let side = self.side;
+        let asked = async {
+            let session = self.session().await?;
+            in_time(side, "asking for signals", async {
+                match side {
+                    Side::Target => target_signals(session, run).await,
+                    _ => source_signals(session).await,
+                }
+            })
+            .await
+        };
+        let why = match asked.await {
+            Ok(signals @ Value::Object(_)) => return signals,
+            Ok(_) => "not an object".to_owned(),
+            Err(error) => {
+                self.give_up().await;
+                error.to_string()
+            }
+        };
+        json!({self.probe_name(): {"unknown": why}})
+    }
+
+    /// The signal that says why the server can't be probed.
+    fn probe_name(&self) -> String {
+        format!("{}_probe", self.side)
+    }
+
     /// What is still being waited for is of no use any more.
     async fn give_up(&mut self) {
         if let Some(session) = self.session.take() {
@@ -174,15 +203,14 @@ impl Decider {
         // Paused, or between chunks; or as slow as it may be.
         let idle = turn["busy"].as_u64() == Some(0);
         let hardly_moving = idle || limits.rate.is_some_and(|rate| rate <= bounds.least);
-        for (name, latency, probed) in [
-            ("source_read_ms", "source_probe", self.source.as_mut()),
-            ("target_commit_ms", "target_probe", Some(&mut self.target)),
-        ] {
+        for (name, probed) in
+            [("source_read_ms", self.source.as_mut()), ("target_commit_ms", Some(&mut self.target))]
+        {
             let Some(probed) = probed else { continue };
             probed.latency.learn(hardly_moving);
             signals[name] = json!(probed.latency.high());
             if let Some(why) = &probed.unprobed {
-                signals[latency] = json!({"unknown": why});
+                signals[probed.probe_name()] = json!({"unknown": why});
             }
         }
         let no_latency = Latency::default();
@@ -237,44 +265,18 @@ impl Decider {
     /// What both servers say of themselves, in time.
     async fn signals(&mut self) -> Value {
         let run = self.run;
-        let target = async {
-            let asked = async {
-                let session = self.target.session().await?;
-                in_time(Side::Target, "asking for signals", target_signals(session, run)).await
-            };
-            let asked = asked.await;
-            if asked.is_err() {
-                self.target.give_up().await;
+        let of_source = async {
+            match &mut self.source {
+                Some(source) => source.signals(run).await,
+                None => json!({}),
             }
-            or_unknown("target_probe", asked)
         };
-        let source = async {
-            let Some(source) = &mut self.source else { return json!({}) };
-            let asked = async {
-                in_time(Side::Source, "asking for signals", source_signals(source.session().await?)).await
-            };
-            let asked = asked.await;
-            if asked.is_err() {
-                source.give_up().await;
-            }
-            or_unknown("source_probe", asked)
-        };
-        let (mut signals, of_source) = tokio::join!(target, source);
+        let (mut signals, of_source) = tokio::join!(self.target.signals(run), of_source);
         if let (Value::Object(all), Value::Object(of_source)) = (&mut signals, of_source) {
             all.extend(of_source);
         }
         signals
     }
-}
-
-/// Signals, or why there are none.
-fn or_unknown(probe: &str, signals: Result<Value>) -> Value {
-    let why = match signals {
-        Ok(signals @ Value::Object(_)) => return signals,
-        Ok(_) => "not an object".to_owned(),
-        Err(error) => error.to_string(),
-    };
-    json!({probe: {"unknown": why}})
 }
 
 async fn target_signals(target: &Session, run: Uuid) -> Result<Value> {
