@@ -37,6 +37,7 @@ COMMENT ON FUNCTION dedup.resolve(uuid, text, bytea) IS 'waits for the transacti
 COMMENT ON FUNCTION dedup.upsert_staging(uuid, text) IS 'the empty temporary table that takes changed records, made once a transaction; returns its name';
 COMMENT ON FUNCTION dedup.apply_upserts(uuid, text) IS 'replaces the rows under the staged records'' keys, before images kept; returns how many';
 COMMENT ON FUNCTION dedup.keep_rows(uuid, text, bytea) IS 'rows whose replacement was refused stay; answers their content digests';
+COMMENT ON FUNCTION dedup.take_back(uuid, text, bytea) IS 'removes rows that this chunk wrote before it turned out that another row keeps their content; returns how many';
 COMMENT ON FUNCTION dedup.delete_superseded(uuid, text, bytea) IS 'removes rows whose records now carry content that other rows hold, before images kept; returns how many';
 COMMENT ON FUNCTION dedup.add_lists(uuid, text, bytea, bytea) IS 'takes parts of manifest and ledger ahead of finish_chunk, which takes the last ones';
 COMMENT ON FUNCTION dedup.finish_chunk(uuid, text, bigint[], bytea, bytea, bytea, jsonb) IS 'writes manifest and ledger, reads the written rows back and closes the books; returns the ordinal';

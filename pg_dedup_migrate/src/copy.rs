@@ -6,7 +6,7 @@ use std::ffi::{CString, c_int, c_void};
 
 use bytes::{Buf, Bytes};
 use pg_dedup_record::layout::Layout;
-use pg_dedup_record::refusal::refuses_record;
+use pg_dedup_record::refusal::{Refusal, RefusedAttempt, refuses_record};
 use pg_dedup_record::{Batch, pgcopy};
 use pgrx::prelude::*;
 use pgrx::{PgTryBuilder, pg_guard, pg_sys};
@@ -31,23 +31,12 @@ thread_local! {
     static FEED: RefCell<VecDeque<Bytes>> = const { RefCell::new(VecDeque::new()) };
 }
 
-/// A refusal that lies in a record: SQLSTATE and primary message.
-#[derive(Debug)]
-pub struct Refused {
-    /// SQLSTATE.
-    pub sqlstate: String,
-    /// The server's message, without values.
-    pub message: String,
-}
-
 /// Runs `work` in a subtransaction of its own that ends with `SET CONSTRAINTS ALL IMMEDIATE`. What the target refuses for a reason that
-/// lies in a record (classes 22, 23 and 44, and P0001) is taken back and returned; any other ERROR passes through.
+/// lies in a record (classes 22, 23 and 44, and P0001) is taken back and returned, without a place; any other ERROR passes through.
 ///
 /// # Errors
 /// What `work` returns.
-pub fn attempt(
-    work: impl FnOnce() -> Result<()> + std::panic::UnwindSafe,
-) -> Result<std::result::Result<(), Refused>> {
+pub fn attempt(work: impl FnOnce() -> Result<()> + std::panic::UnwindSafe) -> Result<Option<RefusedAttempt>> {
     // SAFETY: plain globals of this backend, restored below; the subtransaction is released or rolled back on every path.
     let (context, owner) = unsafe { (pg_sys::CurrentMemoryContext, pg_sys::CurrentResourceOwner) };
     // SAFETY: inside a transaction, not in a parallel worker.
@@ -70,9 +59,9 @@ pub fn attempt(
         Ok(match done {
             // Of our own errors this alone lies in a record: a row that must stay because of what points at it.
             Err(error) if error.code() == PgSqlErrorCode::ERRCODE_FOREIGN_KEY_VIOLATION => {
-                Ok(Err(Refused { sqlstate: sqlstate(error.code()), message: error.to_string() }))
+                Ok(refused(&sqlstate(error.code()), &error.to_string()))
             }
-            done => done.map(Ok),
+            done => done.map(|()| None),
         })
     })
     .catch_others(|caught| {
@@ -82,18 +71,14 @@ pub fn attempt(
             | pg_sys::panic::CaughtError::RustPanic { ereport: report, .. } => report,
         };
         let sqlstate = sqlstate(report.sql_error_code());
-        if refuses_record(&sqlstate) {
-            Ok(Ok(Err(Refused { sqlstate, message: report.message().to_owned() })))
-        } else {
-            Err(caught)
-        }
+        if refuses_record(&sqlstate) { Ok(Ok(refused(&sqlstate, report.message()))) } else { Err(caught) }
     })
     .execute();
     FEED.with_borrow_mut(VecDeque::clear);
     // SAFETY: the subtransaction begun above is the current one.
     unsafe {
         match &outcome {
-            Ok(Ok(Ok(()))) => pg_sys::ReleaseCurrentSubTransaction(),
+            Ok(Ok(None)) => pg_sys::ReleaseCurrentSubTransaction(),
             _ => pg_sys::RollbackAndReleaseCurrentSubTransaction(),
         }
         pg_sys::CurrentMemoryContext = context;
@@ -102,6 +87,10 @@ pub fn attempt(
     }
     // Only now: whoever catches it, an exception block of PL/pgSQL say, takes back the subtransaction that it finds current.
     outcome.unwrap_or_else(|caught| caught.rethrow())
+}
+
+fn refused(sqlstate: &str, message: &str) -> Option<RefusedAttempt> {
+    Some(RefusedAttempt { refusal: Refusal::by_target(sqlstate, message), constraint: None, line: None })
 }
 
 /// The five characters of a packed SQLSTATE: six bits each, counted from '0' (MAKE_SQLSTATE of utils/elog.h).

@@ -1,14 +1,16 @@
 //! `migrate_chunk`: a chunk in one SQL call, for a source that the target database sees itself (a table, a partition, any foreign table).
 //!
-//! The same steps as a worker's, on the same code: the batch and the [`Fold`] decide what becomes of each record, `claim`, `upsert` and
-//! `finish` are what the protocol's functions call. Only reading (a query) and writing (COPY inside the server) differ.
-use std::collections::HashSet;
+//! The same steps as a worker's, on the same code: [`deliver`] drives, the batch and the [`Fold`] decide what becomes of each record, `claim`,
+//! `upsert` and `finish` are what the protocol's functions call. Only reading (a query) and writing (COPY inside the server) differ.
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
 
-use pg_dedup_record::fold::{Fold, FoldError, Refusal, Way};
+use pg_dedup_record::delivery::{Target, deliver};
+use pg_dedup_record::fold::{Fold, FoldError, KeysToMatch, Way};
 use pg_dedup_record::layout::Layout;
-use pg_dedup_record::refusal::condition_name;
+use pg_dedup_record::refusal::RefusedAttempt;
 use pg_dedup_record::sql::{finds_keys, has_key_among, quote_literal};
-use pg_dedup_record::{Batch, BatchBuilder, WritePlan, pgcopy, wire};
+use pg_dedup_record::{Batch, BatchBuilder, pgcopy, wire};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use pgrx::{JsonB, Uuid, pg_sys};
@@ -25,7 +27,7 @@ use crate::sql::required;
 use crate::upsert;
 
 /// Records of one chunk that may be refused before it fails.
-const ERROR_BUDGET: usize = 10_000;
+const ERROR_BUDGET: u64 = 10_000;
 
 /// How the source is read; the same description that workers keep of theirs.
 #[derive(serde::Deserialize)]
@@ -60,9 +62,10 @@ fn migrate(run: Uuid, chunk_id: &str, lease: Uuid) -> Result<()> {
     let occupied = chunk::begin(run, chunk_id, lease)?;
     chunk::with_open(run, chunk_id, |chunk| {
         let batch = read(chunk.run, chunk_id, &chunk.layout, chunk.keyless(), View::Latest, None)?;
-        let mut writer = Writer { fold: Fold::new(&batch, chunk.keyless())?, batch: &batch, chunk };
-        writer.settle(occupied)?;
-        let Writer { fold, chunk, .. } = writer;
+        let mut fold = Fold::new(&batch, chunk.keyless())?;
+        let occupied = occupied && !chunk.keyless();
+        let mut here = Here { chunk, batch: &batch };
+        at_once(deliver(&mut fold, &mut here, occupied, ERROR_BUDGET))?;
         set_aside(chunk, &fold, &batch)?;
         let books = fold.books()?;
         let info = JsonB(serde_json::json!({ "source_bytes": batch.data().len() }));
@@ -152,172 +155,88 @@ impl SourceSpec {
     }
 }
 
-/// Claims and writes the records of one batch.
-struct Writer<'a> {
+/// The target of a chunk, in its own server.
+struct Here<'a> {
     chunk: &'a mut OpenChunk,
     batch: &'a Batch,
-    fold: Fold<'a>,
 }
 
-impl Writer<'_> {
-    fn settle(&mut self, occupied: bool) -> Result<()> {
-        if occupied && !self.chunk.keyless() {
-            let ask = self.fold.keys_to_match()?;
-            let keys: Vec<&[u8]> =
-                wire::keys(&ask.keys).collect::<std::result::Result<_, _>>().map_err(FoldError::from)?;
-            let (digests, _) = ask.row_digests.as_chunks::<32>();
-            let matches = matching::match_rows(self.chunk, &keys, digests)?;
-            self.fold.matched(&ask, &matches.into_iter().map(|m| m as u8).collect::<Vec<_>>())?;
-        }
-        let digests = self.fold.digests_to_claim();
-        let verdicts = claim::claim(self.chunk, claim::digests_of(&digests)?)?;
+impl Target for Here<'_> {
+    type Error = Error;
+
+    async fn match_keys(&mut self, ask: &KeysToMatch) -> Result<Vec<u8>> {
+        let (digests, _) = ask.row_digests.as_chunks::<32>();
+        let matches = matching::match_rows(self.chunk, &unpacked(&ask.keys)?, digests)?;
+        Ok(matches.into_iter().map(|m| m as u8).collect())
+    }
+
+    async fn claim(&mut self, digests: &[u8]) -> Result<Vec<u8>> {
+        let verdicts = claim::claim(self.chunk, claim::digests_of(digests)?)?;
         self.chunk.claimed = true;
-        self.fold.claimed(&packed(&verdicts))?;
-        if self.fold.replaces() {
-            // What becomes of the rows to be replaced decides whether their old contents may be written elsewhere. Upserts draw the ordinal,
-            // which comes after every claim.
-            self.resolve()?;
-            self.write(&[Way::Upsert])?;
-            let superseded = self.fold.superseded();
-            self.remove(&superseded)?;
-            let kept = self.fold.refused_replacements()?;
-            let keys: Vec<&[u8]> =
-                wire::keys(&kept).collect::<std::result::Result<_, _>>().map_err(FoldError::from)?;
-            self.fold.stay(self.chunk.keep_rows(&keys)?.as_flattened());
-        }
-        self.write(&[Way::Insert])?;
-        self.resolve()?;
-        self.write(&[Way::Insert, Way::Upsert])?;
-        let superseded = self.fold.settle()?;
-        self.remove(&superseded)
+        Ok(packed(&verdicts))
     }
 
-    fn resolve(&mut self) -> Result<()> {
-        let pending = self.fold.digests_to_resolve();
-        if pending.is_empty() {
-            return Ok(());
-        }
-        let verdicts = claim::resolve(self.chunk, claim::digests_of(&pending)?)?;
-        Ok(self.fold.resolved(&packed(&verdicts))?)
+    async fn resolve(&mut self, digests: &[u8]) -> Result<Vec<u8>> {
+        Ok(packed(&claim::resolve(self.chunk, claim::digests_of(digests)?)?))
     }
 
-    /// Removes the rows of superseded records. Where one cannot go (a foreign key points at it), the record is set aside.
-    fn remove(&mut self, superseded: &[u32]) -> Result<()> {
-        if superseded.is_empty() {
-            return Ok(());
-        }
-        finish::draw_ordinal(self.chunk)?;
-        let mut plan = WritePlan::new(superseded.len());
-        while let Some(positions) = plan.next() {
-            let keys = self.fold.packed_keys(&superseded[positions.clone()])?;
-            let chunk = std::panic::AssertUnwindSafe(&mut *self.chunk);
-            let attempt = move || {
-                let chunk = chunk;
-                let keys: Vec<&[u8]> =
-                    wire::keys(&keys).collect::<std::result::Result<_, _>>().map_err(FoldError::from)?;
-                upsert::delete(chunk.0, &keys).map(drop)
-            };
-            match copy::attempt(attempt)? {
-                Ok(()) => plan.accepted(),
-                Err(reason) => {
-                    let Some(position) = plan.refused(None) else { continue };
-                    let refusal = Refusal {
-                        reason: condition_name(&reason.sqlstate).to_owned(),
-                        sqlstate: reason.sqlstate,
-                        message: reason.message,
-                    };
-                    self.fold.keep(superseded[position], refusal);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes in these ways until every content has a row, or no record that could be written. Rows that point at rows of the same chunk
-    /// are tried again as long as that helps.
-    fn write(&mut self, ways: &[Way]) -> Result<()> {
-        let mut parked: Vec<(u32, Refusal)> = Vec::new();
-        loop {
-            let mut wrote = 0;
-            for &way in ways {
-                loop {
-                    let rows = self.fold.next_to_write(way);
-                    if rows.is_empty() {
-                        break;
-                    }
-                    wrote += self.attempt(&rows, way, &mut parked)?;
-                }
-            }
-            if parked.is_empty() {
-                return Ok(());
-            }
-            let again = std::mem::take(&mut parked);
-            for (row, refusal) in again {
-                self.fold.unpark(row);
-                if wrote == 0 {
-                    self.fold.refuse(row, refusal);
-                }
-            }
-        }
-    }
-
-    /// One pass over rows; returns how many were written.
-    fn attempt(&mut self, rows: &[u32], way: Way, parked: &mut Vec<(u32, Refusal)>) -> Result<usize> {
-        let mut plan = WritePlan::new(rows.len());
-        let mut refused: HashSet<u32> = HashSet::new();
-        while let Some(positions) = plan.next() {
-            pgrx::check_for_interrupts!();
-            let some = &rows[positions];
-            let ordinal = self.chunk.ordinal;
-            let staging = match way {
-                Way::Insert => None,
-                Way::Upsert => Some(upsert::staging_table(self.chunk.target, &self.chunk.layout)?),
-            };
-            let chunk = std::panic::AssertUnwindSafe(&mut *self.chunk);
-            let batch = std::panic::AssertUnwindSafe(self.batch);
-            match copy::attempt(move || write(chunk, &batch, some, staging))? {
-                Ok(()) => plan.accepted(),
-                Err(reason) => {
-                    // What the attempt drew went with it.
-                    self.chunk.ordinal = ordinal;
-                    let Some(position) = plan.refused(None) else { continue };
-                    let row = rows[position];
-                    refused.insert(row);
-                    self.refuse(row, reason, parked)?;
-                }
-            }
-        }
-        for &row in rows.iter().filter(|row| !refused.contains(row)) {
-            self.fold.written(row, way);
-        }
-        Ok(rows.len() - refused.len())
-    }
-
-    fn refuse(&mut self, row: u32, reason: copy::Refused, parked: &mut Vec<(u32, Refusal)>) -> Result<()> {
-        let refusal = if reason.sqlstate == "23505" && self.fold.key_is_repeated(row) {
-            Refusal::key_collision()
-        } else {
-            Refusal {
-                reason: condition_name(&reason.sqlstate).to_owned(),
-                sqlstate: reason.sqlstate,
-                message: reason.message,
-            }
+    async fn write(&mut self, rows: &[u32], way: Way) -> Result<Option<RefusedAttempt>> {
+        pgrx::check_for_interrupts!();
+        let staging = match way {
+            Way::Insert => None,
+            Way::Upsert => Some(upsert::staging_table(self.chunk.target, &self.chunk.layout)?),
         };
-        if refusal.sqlstate == "23503" {
-            self.fold.park(row);
-            parked.push((row, refusal));
-        } else {
-            self.fold.refuse(row, refusal);
+        let ordinal = self.chunk.ordinal;
+        let chunk = std::panic::AssertUnwindSafe(&mut *self.chunk);
+        let batch = std::panic::AssertUnwindSafe(self.batch);
+        let refused = copy::attempt(move || write(chunk, &batch, rows, staging))?;
+        if refused.is_some() {
+            // What the attempt drew went with it.
+            self.chunk.ordinal = ordinal;
         }
-        if self.fold.refused().len() + parked.len() > ERROR_BUDGET {
-            return Err(Error::new(
-                PgSqlErrorCode::ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
-                format!("more than {ERROR_BUDGET} records of the chunk were refused"),
-            )
-            .hint("mend the cause, then call dedup.migrate_chunk again"));
-        }
+        Ok(refused)
+    }
+
+    async fn remove(&mut self, keys: &[u8]) -> Result<Option<RefusedAttempt>> {
+        finish::draw_ordinal(self.chunk)?;
+        let chunk = std::panic::AssertUnwindSafe(&mut *self.chunk);
+        copy::attempt(move || {
+            let chunk = chunk;
+            upsert::delete(chunk.0, &unpacked(keys)?).map(drop)
+        })
+    }
+
+    async fn keep(&mut self, keys: &[u8]) -> Result<Vec<u8>> {
+        Ok(self.chunk.keep_rows(&unpacked(keys)?)?.into_flattened())
+    }
+
+    async fn take_back(&mut self, keys: &[u8]) -> Result<()> {
+        upsert::take_back_rows(self.chunk, &unpacked(keys)?).map(drop)
+    }
+
+    async fn unique_violated(&mut self, _: &RefusedAttempt) -> Result<()> {
         Ok(())
     }
+
+    fn over_budget(&self) -> Error {
+        Error::new(
+            PgSqlErrorCode::ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
+            format!("more than {ERROR_BUDGET} records of the chunk were refused"),
+        )
+        .hint("mend the cause, then call dedup.migrate_chunk again")
+    }
+}
+
+/// The result of a future that waits for nothing but this backend.
+fn at_once<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
+    match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(result) => result,
+        Poll::Pending => Err(Error::corrupted("a step inside the server waited for another task")),
+    }
+}
+
+fn unpacked(keys: &[u8]) -> Result<Vec<&[u8]>> {
+    Ok(wire::keys(keys).collect::<std::result::Result<_, _>>().map_err(FoldError::from)?)
 }
 
 fn write(

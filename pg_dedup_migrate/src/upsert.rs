@@ -203,25 +203,77 @@ fn delete_superseded(run: Uuid, chunk_id: &str, keys: &[u8]) -> Result<i64, Erro
 /// # Errors
 /// As there.
 pub fn delete(chunk: &mut OpenChunk, keys: &[&[u8]]) -> Result<i64> {
+    delete_rows(chunk, keys, |chunk, from, arrays| {
+        let images = keep_before_images(chunk, from, arrays, "delete")?;
+        if images != keys.len() as i64 {
+            return Err(not_all_removed(chunk, images, keys));
+        }
+        Ok(())
+    })
+}
+
+/// `dedup.take_back`: removes rows under the packed keys that this chunk wrote, before it turned out that another row keeps their content.
+///
+/// # Errors
+/// 23503 where a foreign key points at a row.
+#[pg_extern(volatile, parallel_unsafe)]
+fn take_back(run: Uuid, chunk_id: &str, keys: &[u8]) -> Result<i64, ErrorReport> {
+    Ok(chunk::with_open(run, chunk_id, |chunk| take_back_rows(chunk, &unpack_keys(keys)?))?)
+}
+
+/// The work of [`take_back`]. Rows that were there before the chunk have their before images already, of an update that is a removal now;
+/// the others leave none.
+///
+/// # Errors
+/// As there.
+pub fn take_back_rows(chunk: &mut OpenChunk, keys: &[&[u8]]) -> Result<i64> {
+    delete_rows(chunk, keys, |chunk, from, arrays| {
+        let ordinal = draw_ordinal(chunk)?;
+        let (mut stored, mut others) = (Vec::new(), Vec::new());
+        scan_with_others(chunk, from, arrays, |row| {
+            let mut key = Vec::new();
+            row.write_key(&mut key)?;
+            stored.push(key);
+            others.push(row.trailing::<JsonB>(0)?);
+            Ok(())
+        })?;
+        execute(
+            "UPDATE dedup.before_images AS i SET action = 'delete', other_columns = u.others \
+             FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) AS u(key, others) \
+             WHERE i.ordinal OPERATOR(pg_catalog.=) $1 AND i.key OPERATOR(pg_catalog.=) u.key",
+            &[ordinal.into(), stored.into(), others.into()],
+        )
+        .map(drop)
+    })
+}
+
+/// Deletes the rows under these keys, each of which has to be there, after `keep` has seen to the rows `t` of a FROM clause.
+fn delete_rows(
+    chunk: &mut OpenChunk,
+    keys: &[&[u8]],
+    keep: impl FnOnce(&mut OpenChunk, &str, &[DatumWithOid<'_>]) -> Result<()>,
+) -> Result<i64> {
     after_claim(chunk)?;
     let _plan = ByIndex::new();
     let arrays = chunk.key_types.arrays(keys)?;
     let target = chunk.target_name();
     let (unnest, condition) = (chunk.key_types.unnest(), chunk.key_types.join_condition());
+    let from = format!("{unnest} JOIN {target} AS t ON {condition}");
     // No row may come to point at them between the check and the deletion, which would take it along.
-    execute(&format!("SELECT FROM {unnest} JOIN {target} AS t ON {condition} FOR UPDATE OF t"), &arrays)?;
+    execute(&format!("SELECT FROM {from} FOR UPDATE OF t"), &arrays)?;
     refuse_to_cascade(chunk, &unnest, &condition, &arrays)?;
-    let images =
-        keep_before_images(chunk, &format!("{unnest} JOIN {target} AS t ON {condition}"), &arrays, "delete")?;
+    keep(chunk, &from, &arrays)?;
     let deleted = execute(&format!("DELETE FROM {target} AS t USING {unnest} WHERE {condition}"), &arrays)?;
-    if deleted != keys.len() as i64 || images != deleted {
-        return Err(Error::state(format!(
-            "{deleted} of {} superseded rows of {target} could be removed",
-            keys.len()
-        ))
-        .hint("look for a trigger, rule or policy that hides or keeps rows of the target"));
-    }
-    Ok(deleted)
+    if deleted == keys.len() as i64 { Ok(deleted) } else { Err(not_all_removed(chunk, deleted, keys)) }
+}
+
+fn not_all_removed(chunk: &OpenChunk, removed: i64, keys: &[&[u8]]) -> Error {
+    Error::state(format!(
+        "{removed} of {} superseded rows of {} could be removed",
+        keys.len(),
+        chunk.target_name()
+    ))
+    .hint("look for a trigger, rule or policy that hides or keeps rows of the target")
 }
 
 /// A row that goes must not take rows of other tables along: what ON DELETE CASCADE or SET NULL would do to them is in no books.
@@ -299,8 +351,37 @@ fn keep_before_images(
     let ordinal = draw_ordinal(chunk)?;
     let mut images = Images::default();
     let mut kept = 0;
-    // What is removed takes along the columns that the run does not deliver.
-    let others = if action == "delete" { other_columns(chunk)? } else { Vec::new() };
+    let chunk = &*chunk;
+    let mut keep = |row: rows::RowView<'_>, others: Option<JsonB>| {
+        let (mut key, mut tuple) = (Vec::new(), Vec::new());
+        row.write_key(&mut key)?;
+        row.write_tuple(&mut tuple)?;
+        images.push(key, &row.digests()?.content, tuple, others);
+        if images.bytes > BATCH_BYTES {
+            kept += std::mem::take(&mut images).write(chunk, ordinal, action)?;
+        }
+        Ok(())
+    };
+    if action == "delete" {
+        scan_with_others(chunk, from, arguments, |row| {
+            let others = row.trailing(0)?;
+            keep(row, others)
+        })?;
+    } else {
+        let query = format!("SELECT {} FROM {from}", column_list(&chunk.layout, "t"));
+        rows::scan(&query, arguments, &chunk.layout, 0, |row| keep(row, None))?;
+    }
+    Ok(kept + images.write(chunk, ordinal, action)?)
+}
+
+/// Reads the rows `t` of `from`. What is removed takes along the columns that the run does not deliver: they are a row's trailing column.
+fn scan_with_others(
+    chunk: &OpenChunk,
+    from: &str,
+    arguments: &[DatumWithOid<'_>],
+    each: impl FnMut(rows::RowView<'_>) -> Result<()>,
+) -> Result<()> {
+    let others = other_columns(chunk)?;
     let others = if others.is_empty() {
         "NULL::pg_catalog.jsonb".to_owned()
     } else {
@@ -315,17 +396,7 @@ fn keep_before_images(
     };
     let _texts = ExactTexts::new();
     let query = format!("SELECT {}, {others} FROM {from}", column_list(&chunk.layout, "t"));
-    rows::scan(&query, arguments, &chunk.layout, 1, |row| {
-        let (mut key, mut tuple) = (Vec::new(), Vec::new());
-        row.write_key(&mut key)?;
-        row.write_tuple(&mut tuple)?;
-        images.push(key, &row.digests()?.content, tuple, row.trailing(0)?);
-        if images.bytes > BATCH_BYTES {
-            kept += std::mem::take(&mut images).write(chunk, ordinal, action)?;
-        }
-        Ok(())
-    })?;
-    Ok(kept + images.write(chunk, ordinal, action)?)
+    rows::scan(&query, arguments, &chunk.layout, 1, each).map(drop)
 }
 
 /// Stores rows of a table without a key that are about to be removed: they are kept under their content and a number.

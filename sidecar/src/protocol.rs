@@ -268,6 +268,12 @@ impl ChunkCalls<'_> {
         Ok(deleted.map(drop))
     }
 
+    /// Removes rows that the chunk wrote in vain.
+    pub async fn take_back(&self, keys: &[u8]) -> Result<()> {
+        let sql = "SELECT dedup.take_back($1::uuid, $2::text, $3::bytea)";
+        call::<i64>(self.session, "take_back", sql, &[&self.run, &self.chunk_id, &keys]).await.map(drop)
+    }
+
     /// Sets one refused record aside.
     pub async fn quarantine_record(&self, key: &[u8], refusal: &Refusal, record: &[u8]) -> Result<()> {
         let sql = "SELECT dedup.quarantine_record($1::uuid, $2::text, $3::bytea, $4::text, $5::text, $6::text, $7::bytea)";

@@ -1,13 +1,11 @@
-//! Writing rows into the target so that one bad row costs that row alone.
-//!
-//! Every attempt stands under a savepoint and ends with `SET CONSTRAINTS ALL IMMEDIATE`. When the target refuses it for
-//! a reason that lies in a record, [`WritePlan`] says what to try next, helped by COPY's line number where there is one.
+//! Attempts to write rows into the target, or to remove some: each stands under a savepoint and ends with `SET CONSTRAINTS ALL IMMEDIATE`.
+//! One that the target refuses for a reason that lies in a record leaves nothing behind.
 
 use bytes::{Bytes, BytesMut};
 use futures_util::SinkExt;
-use pg_dedup_record::fold::{Refusal, Way};
-use pg_dedup_record::refusal::{condition_name, refuses_record};
-use pg_dedup_record::{Batch, WritePlan, pgcopy};
+use pg_dedup_record::fold::Way;
+use pg_dedup_record::refusal::{Refusal, RefusedAttempt, refuses_record};
+use pg_dedup_record::{Batch, pgcopy};
 use tokio_postgres::Statement;
 
 use crate::conn::protocol_error;
@@ -23,101 +21,34 @@ const PIECE_BYTES: usize = 128 << 10;
 /// Neighbours of this size are sent without a copy.
 const SLICE_BYTES: usize = 16 << 10;
 
-/// A row that the target refused for good.
-#[derive(Debug)]
-pub struct RefusedRow {
-    /// Its number in the batch.
-    pub row: u32,
-    /// Why.
-    pub refusal: Refusal,
-    /// Schema and name of the constraint it violates.
-    pub constraint: Option<(String, String)>,
-}
-
-/// What the caller says to a refusal before the plan goes on.
-pub trait Judge {
-    /// An attempt was refused. An error ends the chunk's attempt.
-    async fn attempt_refused(&mut self, sqlstate: &str) -> Result<()>;
-    /// A row was refused for good. An error ends the chunk's attempt.
-    async fn row_refused(&mut self, row: &RefusedRow) -> Result<()>;
-}
-
-/// Writes rows of a batch, in their order; returns those that were refused.
-pub async fn write_rows(
+/// Attempts to write rows of a batch, in their order; `None`: they are written.
+pub async fn write(
     calls: ChunkCalls<'_>,
     table: &TableWork,
     batch: &Batch,
     rows: &[u32],
     way: Way,
-    judge: &mut impl Judge,
-) -> Result<Vec<RefusedRow>> {
-    let mut plan = WritePlan::new(rows.len());
-    let mut refused = Vec::new();
-    while let Some(positions) = plan.next() {
-        let rows_now = &rows[positions];
-        // Outside of the savepoint: a table made under each of them would cost the server a lock each until the chunk's end.
-        let staging = match way {
-            Way::Insert => String::new(),
-            Way::Upsert => calls.upsert_staging().await?,
-        };
-        let write = async {
-            match way {
-                Way::Insert => insert(calls, table, batch, rows_now).await,
-                Way::Upsert => upsert(calls, table, &staging, batch, rows_now).await,
-            }
-        };
-        match attempt(calls, write).await? {
-            None => plan.accepted(),
-            Some(refusal) => {
-                judge.attempt_refused(&refusal.refusal.sqlstate).await?;
-                if let Some(position) = plan.refused(refusal.line) {
-                    let row = RefusedRow {
-                        row: rows[position],
-                        refusal: refusal.refusal,
-                        constraint: refusal.constraint,
-                    };
-                    judge.row_refused(&row).await?;
-                    refused.push(row);
-                }
-            }
+) -> Result<Option<RefusedAttempt>> {
+    match way {
+        Way::Insert => attempt(calls, insert(calls, table, batch, rows)).await,
+        Way::Upsert => {
+            // Outside of the savepoint: a table made under each of them would cost the server a lock each until the chunk's end.
+            let staging = calls.upsert_staging().await?;
+            attempt(calls, upsert(calls, table, &staging, batch, rows)).await
         }
     }
-    Ok(refused)
 }
 
-/// Removes the rows of superseded records; returns those that the target keeps, because a foreign key points at them.
-pub async fn remove_rows(
-    calls: ChunkCalls<'_>,
-    rows: &[u32],
-    packed_keys: impl Fn(&[u32]) -> Result<Vec<u8>>,
-) -> Result<Vec<(u32, Refusal)>> {
-    let mut plan = WritePlan::new(rows.len());
-    let mut kept = Vec::new();
-    while let Some(positions) = plan.next() {
-        let keys = packed_keys(&rows[positions])?;
-        match attempt(calls, calls.delete_superseded(&keys)).await? {
-            None => plan.accepted(),
-            Some(refusal) => {
-                kept.extend(plan.refused(None).map(|position| (rows[position], refusal.refusal)));
-            }
-        }
-    }
-    Ok(kept)
-}
-
-/// Why an attempt was refused as a whole.
-struct AttemptRefused {
-    refusal: Refusal,
-    constraint: Option<(String, String)>,
-    /// COPY's line, from 0.
-    line: Option<usize>,
+/// Attempts to remove the rows with these keys, whose contents stand elsewhere.
+pub async fn remove(calls: ChunkCalls<'_>, keys: &[u8]) -> Result<Option<RefusedAttempt>> {
+    attempt(calls, calls.delete_superseded(keys)).await
 }
 
 /// One attempt under a savepoint; `None`: accepted.
 async fn attempt(
     calls: ChunkCalls<'_>,
     write: impl Future<Output = Result<Driver<()>>>,
-) -> Result<Option<AttemptRefused>> {
+) -> Result<Option<RefusedAttempt>> {
     let client = &calls.session.client;
     let doing = "writing rows";
     client.batch_execute(&format!("SAVEPOINT dedup_rows; {USUAL_PLANS}")).await.at(Side::Target, doing)?;
@@ -132,12 +63,8 @@ async fn attempt(
     let Some(db) = error.as_db_error().filter(|db| refuses_record(db.code().code())) else {
         return Err(Error::record_driver(Side::Target, doing, error));
     };
-    let told = AttemptRefused {
-        refusal: Refusal {
-            sqlstate: db.code().code().to_owned(),
-            reason: condition_name(db.code().code()).to_owned(),
-            message: db.message().to_owned(),
-        },
+    let told = RefusedAttempt {
+        refusal: Refusal::by_target(db.code().code(), db.message()),
         constraint: db.schema().zip(db.constraint()).map(|(s, c)| (s.to_owned(), c.to_owned())),
         line: db.where_().and_then(copy_line),
     };
@@ -149,7 +76,7 @@ async fn attempt(
 }
 
 /// What the driver says, for the caller to judge.
-pub type Driver<T> = std::result::Result<T, tokio_postgres::Error>;
+type Driver<T> = std::result::Result<T, tokio_postgres::Error>;
 
 async fn insert(calls: ChunkCalls<'_>, table: &TableWork, batch: &Batch, rows: &[u32]) -> Result<Driver<()>> {
     let statement = calls.session.prepared(&table.copy_in).await?;

@@ -393,8 +393,10 @@ impl<'a> Fold<'a> {
         Ok(keys)
     }
 
-    /// Contents that stand in the target after all: their records are duplicates.
-    pub fn stay(&mut self, digests: &[u8]) {
+    /// Contents that stand in the target after all: their records are duplicates. Answers those that were written meanwhile: their rows
+    /// are to be taken back.
+    pub fn stay(&mut self, digests: &[u8]) -> Vec<u32> {
+        let mut in_vain = Vec::new();
         for digest in digests.as_chunks::<32>().0 {
             let mut found = 0..self.groups.len();
             while !found.is_empty() {
@@ -404,11 +406,19 @@ impl<'a> Fold<'a> {
                     std::cmp::Ordering::Greater => found.end = middle,
                     std::cmp::Ordering::Equal => {
                         self.states[middle] = GroupState::Standing;
+                        for &row in self.groups.members(middle) {
+                            let outcome = &mut self.outcomes[row as usize];
+                            if matches!(outcome, Outcome::Inserted | Outcome::Updated) {
+                                *outcome = Outcome::Duplicate;
+                                in_vain.push(row);
+                            }
+                        }
                         break;
                     }
                 }
             }
         }
+        in_vain
     }
 
     /// The records refused so far.
@@ -461,9 +471,8 @@ impl<'a> Fold<'a> {
         self.states[self.group_of[row] as usize] == GroupState::Standing
     }
 
-    /// Decides what is left when everything has been written that can be. Returns what is superseded since it was last asked for.
-    pub fn settle(&mut self) -> Result<Vec<u32>> {
-        let superseded = self.superseded();
+    /// Decides what is left when everything has been written that can be, and nothing is superseded any more.
+    pub fn settle(&mut self) -> Result<()> {
         for row in 0..self.batch.len() {
             if !matches!(self.outcomes[row], Outcome::Open | Outcome::Parked) {
                 continue;
@@ -471,12 +480,22 @@ impl<'a> Fold<'a> {
             if self.stands_elsewhere(row) {
                 self.outcomes[row] = Outcome::Duplicate;
             } else if self.keys[row] == Key::Repeated {
-                self.refuse(row as u32, Refusal::key_collision());
+                let refusal = self.refusal_of_first(row as u32);
+                self.refuse(row as u32, refusal);
             } else {
                 return Err(FoldError::Undecided);
             }
         }
-        Ok(superseded)
+        Ok(())
+    }
+
+    /// Why the record was refused whose key and content this one repeats.
+    fn refusal_of_first(&self, row: u32) -> Refusal {
+        let first = self.refused.iter().find(|refused| {
+            self.key(refused.row) == self.key(row)
+                && self.group_of[refused.row as usize] == self.group_of[row as usize]
+        });
+        first.map_or_else(Refusal::key_collision, |first| first.refusal.clone())
     }
 
     /// The packed keys of some records.
@@ -530,4 +549,4 @@ fn expect_verdicts(call: &'static str, verdicts: &[u8], wanted: usize, highest: 
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

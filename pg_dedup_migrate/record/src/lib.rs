@@ -30,6 +30,7 @@
 //! | [`block`] | packed sorted entries of the hash index and the ledger |
 //! | [`batch`] | the rows of one chunk in memory, and their groups |
 //! | [`fold`] | what becomes of each record of a chunk |
+//! | [`delivery`] | the steps in which they reach the target |
 //! | [`refusal`] | which errors lie in a record, and their names |
 //! | [`write_plan`] | finding the rows that a target refuses |
 //! | [`range`] | chunk boundaries from a sample |
@@ -40,6 +41,7 @@ pub mod batch;
 pub mod block;
 pub mod canonical;
 pub mod checksum;
+pub mod delivery;
 pub mod digest;
 pub mod fold;
 pub mod key;

@@ -12,6 +12,15 @@ pub struct Refusal {
 }
 
 impl Refusal {
+    /// With the condition's name for a reason.
+    pub fn by_target(sqlstate: &str, message: &str) -> Refusal {
+        Refusal {
+            sqlstate: sqlstate.to_owned(),
+            reason: condition_name(sqlstate).to_owned(),
+            message: message.to_owned(),
+        }
+    }
+
     /// A record whose key another record of this pass has already.
     pub fn key_collision() -> Refusal {
         Refusal {
@@ -28,6 +37,17 @@ impl Refusal {
             message: "a key column is null".into(),
         }
     }
+}
+
+/// Why a target took back a whole attempt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RefusedAttempt {
+    /// Why.
+    pub refusal: Refusal,
+    /// Schema and name of the constraint that is violated, where the target says so.
+    pub constraint: Option<(String, String)>,
+    /// Place of the refused record in the attempt, from 0, where the target names one: a hypothesis.
+    pub line: Option<usize>,
 }
 
 /// Whether a SQLSTATE is the record's own fault: such a record is quarantined, anything else ends the attempt.

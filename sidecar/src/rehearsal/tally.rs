@@ -9,9 +9,8 @@ use pg_dedup_record::digest::Digest;
 use super::contents::{self, Contents};
 use super::prediction::{Certainty, Refusal, TablePrediction};
 use super::stage::Part;
-use super::trial::{Measured, Sizes, UNIQUE_VIOLATION};
+use super::trial::{Measured, RefusedRow, Sizes, UNIQUE_VIOLATION};
 use crate::error::{Error, Kind, Result, Side};
-use crate::write::RefusedRow;
 
 /// What a row of `dedup.segment_block` or `dedup.ledger_block` takes beyond its block: header, other columns and index entries.
 const BLOCK_OVERHEAD: u64 = 190;
@@ -116,9 +115,8 @@ impl Cast {
     /// Takes up which of them the target refuses.
     pub fn tried(&mut self, refused: Vec<RefusedRow>) {
         let mut reasons: HashMap<u32, Reason> = HashMap::new();
-        for row in refused.into_iter().filter(|row| row.refusal.sqlstate != UNIQUE_VIOLATION) {
-            let constraint = row.constraint.map(|(_, name)| name);
-            reasons.insert(row.row, (row.refusal.sqlstate, constraint));
+        for row in refused.into_iter().filter(|row| row.sqlstate != UNIQUE_VIOLATION) {
+            reasons.insert(row.row, (row.sqlstate, row.constraint));
         }
         for (fresh, member) in std::mem::take(&mut self.open) {
             let members = &self.fresh[fresh].members;

@@ -3,17 +3,17 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
-use pg_dedup_record::Batch;
 use pg_dedup_record::fold::Way;
+use pg_dedup_record::{Batch, WritePlan};
 use uuid::Uuid;
 
 use super::shape::Shape;
 use crate::conn::Session;
-use crate::error::{At, Error, Kind, Result, Side};
+use crate::error::{At, Result, Side};
 use crate::protocol::{ChunkCalls, GENERIC_PLANS};
 use crate::setup::Added;
 use crate::tables::TableWork;
-use crate::write::{self, Judge, RefusedRow};
+use crate::write;
 
 /// Room that the rows of a trial may take before they are measured and thrown away, in bytes of records.
 const MEASURED_BYTES: u64 = 64 << 20;
@@ -52,6 +52,17 @@ pub struct Trials {
     by_table: HashMap<i32, Trial>,
 }
 
+/// A row that the target refused for good.
+#[derive(Debug)]
+pub struct RefusedRow {
+    /// Its number in the batch.
+    pub row: u32,
+    /// Why.
+    pub sqlstate: String,
+    /// Name of the constraint it violates.
+    pub constraint: Option<String>,
+}
+
 /// More records of a chunk are refused than a run puts up with.
 pub struct OverBudget;
 
@@ -70,16 +81,31 @@ impl Trials {
         let doing = "trying rows";
         target.client.batch_execute(&format!("BEGIN; {GENERIC_PLANS}")).await.at(Side::Target, doing)?;
         let calls = ChunkCalls { session: target, run: Uuid::nil(), chunk_id: "", throttle: None };
-        let mut judge = Budget { left: refused };
-        let refused = match write::write_rows(calls, &trial.table, batch, rows, Way::Insert, &mut judge).await
-        {
-            Ok(refused) => refused,
-            Err(error) if error.kind == Kind::OverBudget => {
-                target.client.batch_execute("ROLLBACK").await.at(Side::Target, doing)?;
-                return Ok(Err(OverBudget));
+        let mut left = refused;
+        let mut refused = Vec::new();
+        let mut plan = WritePlan::new(rows.len());
+        while let Some(positions) = plan.next() {
+            let Some(attempt) =
+                write::write(calls, &trial.table, batch, &rows[positions], Way::Insert).await?
+            else {
+                plan.accepted();
+                continue;
+            };
+            let Some(position) = plan.refused(attempt.line) else { continue };
+            // Two rows of a trial may share a value that is unique; that is asked by query.
+            if attempt.refusal.sqlstate != UNIQUE_VIOLATION {
+                let Some(fewer) = left.checked_sub(1) else {
+                    target.client.batch_execute("ROLLBACK").await.at(Side::Target, doing)?;
+                    return Ok(Err(OverBudget));
+                };
+                left = fewer;
             }
-            Err(error) => return Err(error),
-        };
+            refused.push(RefusedRow {
+                row: rows[position],
+                sqlstate: attempt.refusal.sqlstate,
+                constraint: attempt.constraint.map(|(_, name)| name),
+            });
+        }
         target.client.batch_execute("COMMIT").await.at(Side::Target, doing)?;
         trial.rows += (rows.len() - refused.len()) as u64;
         trial.bytes += rows.iter().map(|row| batch.row_range(*row as usize).len() as u64).sum::<u64>();
@@ -143,31 +169,6 @@ async fn sizes(target: &Session, name: &str) -> Result<Sizes> {
         Ok(row.try_get::<_, Option<i64>>(index).at(Side::Target, doing)?.unwrap_or(0).unsigned_abs())
     };
     Ok(Sizes { table_bytes: bytes(0)?, index_bytes: bytes(1)? })
-}
-
-/// Gives up when more records are refused than a run would put up with in a chunk.
-struct Budget {
-    left: u64,
-}
-
-impl Judge for Budget {
-    async fn attempt_refused(&mut self, _: &str) -> Result<()> {
-        Ok(())
-    }
-
-    async fn row_refused(&mut self, row: &RefusedRow) -> Result<()> {
-        // Two rows of a trial may share a value that is unique; that is asked by query.
-        if row.refusal.sqlstate == UNIQUE_VIOLATION {
-            return Ok(());
-        }
-        match self.left.checked_sub(1) {
-            Some(left) => {
-                self.left = left;
-                Ok(())
-            }
-            None => Err(Error::here(Kind::OverBudget, "too many records are refused")),
-        }
-    }
 }
 
 /// SQLSTATE of what is asked by query instead.

@@ -414,3 +414,56 @@ async fn a_refused_replacement_and_its_old_content() {
     pair.resume().exits(exit::DONE).await;
     assert_current(&pair).await;
 }
+
+/// Contents move on from key to key, and the last row can't be replaced: the record that took its content over is a duplicate of it, and the
+/// row that was replaced for it goes. What a rollback brings back is the row as it was, the columns that no run delivers included.
+#[tokio::test(flavor = "multi_thread")]
+async fn contents_that_move_on_from_a_row_that_stays() {
+    let pair = notes("(1, 'a'), (2, 'b'), (3, 'c'), (4, 'd')").await;
+    run(&pair).exits(exit::DONE).await;
+    pair.target
+        .exec(
+            "ALTER TABLE public.notes ADD CHECK (body <> 'poison'), ADD remark text; \
+             UPDATE public.notes SET remark = 'of ' || id",
+        )
+        .await;
+    let all = "SELECT id || ' ' || body || ' ' || coalesce(remark, '-') FROM public.notes ORDER BY id";
+    let before = pair.target.column(all).await;
+    pair.source
+        .exec("UPDATE public.notes SET body = CASE id WHEN 1 THEN 'b' WHEN 2 THEN 'c' WHEN 3 THEN 'poison' ELSE 'e' END")
+        .await;
+    run(&pair).exits(exit::LEFT_ASIDE).await;
+    assert_eq!(pair.target.column(all).await, ["1 b of 1", "3 c of 3", "4 e of 4"]);
+    assert_books(
+        &pair.target,
+        Books { source: 4, updated: 2, duplicate: 1, quarantined: 1, ..Books::default() },
+    )
+    .await;
+    assert_index(&pair.target, &NOTES).await;
+    pair.rollback("last").exits(exit::DONE).await;
+    assert_eq!(pair.target.column(all).await, before);
+    assert_index(&pair.target, &NOTES).await;
+}
+
+/// A row that waits for a foreign key in vain keeps its content, too, also where its key was to have another by then.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_waits_in_vain_keeps_its_content() {
+    let pair = Pair::start().await;
+    pair.both("CREATE TABLE public.notes (id int PRIMARY KEY, body text, parent int)").await;
+    pair.target.exec("ALTER TABLE public.notes ADD FOREIGN KEY (parent) REFERENCES public.notes").await;
+    pair.source
+        .exec("INSERT INTO public.notes VALUES (1, 'a', NULL), (2, 'b', NULL); ANALYZE public.notes")
+        .await;
+    run(&pair).exits(exit::DONE).await;
+    pair.source
+        .exec(
+            "UPDATE public.notes SET body = 'c', parent = 99 WHERE id = 1; \
+             INSERT INTO public.notes VALUES (3, 'a', NULL), (4, 'd', 5), (5, 'e', NULL)",
+        )
+        .await;
+    run(&pair).exits(exit::LEFT_ASIDE).await;
+    assert_eq!(contents(&pair.target).await, ["a", "b", "d", "e"]);
+    let aside = pair.target.column("SELECT concat_ws(' ', source_key, sqlstate) FROM dedup.quarantine").await;
+    assert_eq!(aside, ["id=1 23503"]);
+    assert_index(&pair.target, &NOTES).await;
+}

@@ -16,7 +16,8 @@ fn layout() -> Layout {
     }
 }
 
-fn batch(rows: &[(Option<&str>, &str)], keyless: bool) -> Batch {
+/// A batch of (key, content).
+pub(crate) fn batch(rows: &[(Option<&str>, &str)], keyless: bool) -> Batch {
     let mut builder = BatchBuilder::new(&layout(), keyless);
     let mut data = pgcopy::header().to_vec();
     for (key, content) in rows {
@@ -47,7 +48,8 @@ fn duplicates_inside_a_chunk_are_written_once() {
     fold.written(0, Way::Insert);
     fold.written(1, Way::Insert);
     assert!(fold.next_to_write(Way::Insert).is_empty());
-    assert!(fold.settle().unwrap().is_empty());
+    assert!(fold.superseded().is_empty());
+    fold.settle().unwrap();
     let books = fold.books().unwrap();
     assert_eq!(books.counts, [3, 2, 0, 0, 1, 0]);
     let lists = fold.lists(usize::MAX).next().unwrap().unwrap();
@@ -133,7 +135,7 @@ fn an_occupied_range_updates_deletes_and_leaves_alone() {
     assert!(fold.next_to_write(Way::Insert).is_empty());
     assert_eq!(fold.next_to_write(Way::Upsert), [1]);
     fold.written(1, Way::Upsert);
-    let superseded = fold.settle().unwrap();
+    let superseded = fold.superseded();
     let packed = fold.packed_keys(&superseded).unwrap();
     let keys: Vec<_> = wire::keys(&packed).collect::<std::result::Result<_, _>>().unwrap();
     assert_eq!(keys, [b"3", b"5"]);
@@ -153,7 +155,8 @@ fn the_first_of_a_repeated_key_wins() {
     assert_eq!(fold.next_to_write(Way::Upsert), [0]);
     fold.written(0, Way::Upsert);
     // The row just written must not be taken for one that a duplicate left behind.
-    assert!(fold.settle().unwrap().is_empty());
+    assert!(fold.superseded().is_empty());
+    fold.settle().unwrap();
     assert_eq!(fold.books().unwrap().counts, [3, 0, 1, 0, 1, 1]);
     assert_eq!(fold.refused()[0].refusal.reason, "key_collision");
     assert!(fold.key_is_repeated(0));
@@ -208,7 +211,8 @@ fn what_an_earlier_finish_wrote_counts_and_is_not_written_again() {
     fold.matched(&ask, &[5, 6, 4, 0]).unwrap();
     assert!(fold.digests_to_claim().is_empty());
     fold.claimed(&[]).unwrap();
-    assert!(fold.settle().unwrap().is_empty());
+    assert!(fold.superseded().is_empty());
+    fold.settle().unwrap();
     let books = fold.books().unwrap();
     assert_eq!(books.counts, [4, 1, 1, 0, 2, 0]);
     assert!(fold.lists(usize::MAX).all(|part| part.unwrap().manifest.is_empty()));
