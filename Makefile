@@ -45,7 +45,7 @@ install: setup ## install the extension into a server: make install PG_CONFIG=/p
 # The extension's own tests install a test build; the one to use has to come after them.
 .PHONY: test
 test: setup ## set up, then run every test
-	cargo test --package pg_dedup_record --package pg_dedup_shared --package pg-dedup-migrate-sidecar
+	cargo test --package pg_dedup_record --package pg_dedup_shared --package pg_dedup_throttle --package pg-dedup-migrate-sidecar
 	scripts/extension_tests.sh
 	$(MAKE) --no-print-directory install test-integration
 

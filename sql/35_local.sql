@@ -165,6 +165,8 @@ BEGIN
         RAISE EXCEPTION 'chunk % is %', chunk, CASE WHEN c.written_at IS NULL THEN 'held by a worker' ELSE 'written and waits for verification' END
             USING ERRCODE = 'object_in_use';
     END IF;
+    -- How others know this session while its chunk is not committed.
+    PERFORM pg_advisory_xact_lock_shared(k.class, k.key), set_config('application_name', 'pg-dedup-migrate/local', true) FROM dedup.local_lock(run) AS k;
     UPDATE dedup.checkpoints AS x
     SET status = 'syncing', lease = gen_random_uuid(), worker_id = NULL, leased_at = clock_timestamp(), started_at = clock_timestamp(),
         attempts = x.attempts + 1, backend_pid = pg_backend_pid(),
@@ -200,6 +202,10 @@ DECLARE
     unreferenced bigint;
     late int;
     began timestamptz;
+    speed float8;
+    pause float8;
+    process uuid := pg_catalog.gen_random_uuid();
+    next_look timestamptz;
 BEGIN
     PERFORM dedup.must_own(run);
     -- On its own, so that sessions that share the run do not wait for this one's first chunk.
@@ -210,6 +216,7 @@ BEGIN
     END IF;
     PERFORM dedup.warm_filter_once();
     COMMIT;
+    CALL dedup.look_around(run, process, 0);
     LOOP
         FOR chunk IN SELECT c.chunk_id FROM dedup.checkpoints AS c JOIN dedup.run_tables AS t USING (run_id, table_id)
                      WHERE c.run_id OPERATOR(pg_catalog.=) run AND c.status OPERATOR(pg_catalog.=) 'pending' AND t.source_spec OPERATOR(pg_catalog.?) 'local'
@@ -257,10 +264,18 @@ BEGIN
                 COMMIT;
                 PERFORM dedup.check_alerts(run, '5 s');
                 COMMIT;
-                -- A second at a time: the rate may be set anew, the run paused.
-                WHILE dedup.pause_after(run, chunk, began) OPERATOR(pg_catalog.>) 0::pg_catalog.float8
-                    AND (SELECT r.status FROM dedup.runs AS r WHERE r.run_id OPERATOR(pg_catalog.=) run) OPERATOR(pg_catalog.=) 'running' LOOP
-                    PERFORM pg_catalog.pg_sleep(least(1, dedup.pause_after(run, chunk, began)));
+                SELECT c.source_bytes OPERATOR(pg_catalog./) greatest(0.001, EXTRACT(epoch FROM pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) began)) INTO speed
+                FROM dedup.checkpoints AS c WHERE c.run_id OPERATOR(pg_catalog.=) run AND c.chunk_id OPERATOR(pg_catalog.=) chunk;
+                -- A second at a time: the rate may change, the run be paused.
+                LOOP
+                    IF next_look IS NULL OR next_look OPERATOR(pg_catalog.<) pg_catalog.clock_timestamp() THEN
+                        CALL dedup.look_around(run, process, speed);
+                        next_look := pg_catalog.clock_timestamp() OPERATOR(pg_catalog.+) '1 s'::pg_catalog.interval;
+                    END IF;
+                    pause := dedup.pause_after(run, chunk, began);
+                    EXIT WHEN pause OPERATOR(pg_catalog.<=) 0::pg_catalog.float8
+                        OR (SELECT r.status FROM dedup.runs AS r WHERE r.run_id OPERATOR(pg_catalog.=) run) OPERATOR(pg_catalog.<>) 'running';
+                    PERFORM pg_catalog.pg_sleep(least(1, pause));
                     COMMIT;
                 END LOOP;
                 EXIT WHEN NOT again;
@@ -283,6 +298,7 @@ BEGIN
             WHERE c.run_id OPERATOR(pg_catalog.=) run AND c.status OPERATOR(pg_catalog.=) 'pending' AND t.source_spec OPERATOR(pg_catalog.?) 'local');
         COMMIT;
     END LOOP;
+    DELETE FROM dedup.processes AS p WHERE p.process_id OPERATOR(pg_catalog.=) process;
     PERFORM dedup.check_alerts(run);
     COMMIT;
 END $$;

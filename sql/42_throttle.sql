@@ -47,11 +47,28 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
 $$;
 COMMENT ON FUNCTION dedup.work_share_of_target(int) IS 'the least dedup.work_share of the runs that write into a target';
 
--- Seconds to rest after a chunk that began then, so that a session keeps to the run's rate; ten minutes at most.
+-- A session that migrates a chunk itself does so in one transaction: all that others see of it is this lock.
+CREATE FUNCTION dedup.local_lock(run uuid, OUT class int, OUT key int) RETURNS record
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$ SELECT dedup.lock_class() + 1, hashtext(run::text) $$;
+COMMENT ON FUNCTION dedup.local_lock(uuid) IS 'the advisory lock that a session holds while it migrates a chunk of the run itself';
+
+CREATE FUNCTION dedup.local_chunks(run uuid, OUT sessions bigint, OUT since timestamptz) RETURNS record
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT count(*), min(a.xact_start) FROM dedup.local_lock(run) AS k JOIN pg_locks AS l
+        ON l.locktype = 'advisory' AND l.classid = k.class::bigint::oid AND l.objid = (k.key::bigint & 4294967295)::oid AND l.objsubid = 2 AND l.granted
+    LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
+    WHERE l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
+$$;
+COMMENT ON FUNCTION dedup.local_chunks(uuid) IS 'sessions that migrate a chunk of a run themselves now, and since when';
+
+-- Seconds to rest after a chunk that began then, so that the sessions and processes of a run keep to its rate together; ten minutes at most.
 CREATE FUNCTION dedup.pause_after(run uuid, chunk text, began timestamptz) RETURNS float8
 LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
-    SELECT coalesce(least(600, greatest(0, c.source_bytes / dedup.allowed_rate(run) - extract(epoch FROM clock_timestamp() - began)::float8)), 0)
-    FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.chunk_id = chunk
+    SELECT coalesce(least(600, greatest(0, c.source_bytes * greatest(1, p.busy) / dedup.allowed_rate(run) - extract(epoch FROM clock_timestamp() - began)::float8)), 0)
+    FROM dedup.checkpoints AS c
+    -- A session that is in a chunk of its own reports when that is done.
+    CROSS JOIN (SELECT sum(x.busy) AS busy FROM dedup.processes AS x WHERE x.run_id = run AND x.reported_at > clock_timestamp() - interval '1 min') AS p
+    WHERE c.run_id = run AND c.chunk_id = chunk
 $$;
 COMMENT ON FUNCTION dedup.pause_after(uuid, text, timestamptz) IS 'seconds to rest after a chunk, so that the run keeps to its rate';
 
@@ -146,6 +163,35 @@ BEGIN
     RETURN true;
 END $$;
 COMMENT ON FUNCTION dedup.throttle_decide(uuid, uuid, bigint, int, text, text, jsonb, jsonb) IS 'sets the limits of a run, by the process whose turn it is; false: it is somebody else''s by now';
+
+-- What a process of the sidecar does once a second, a session in CALL dedup.migrate_run does between its chunks: it looks at the target, decides if it
+-- is its turn, and learns by that how fast it may go on.
+CREATE PROCEDURE dedup.look_around(run uuid, process uuid, bytes_per_second float8) LANGUAGE plpgsql AS $$
+DECLARE
+    began timestamptz;
+    unprobed text;
+BEGIN
+    IF COALESCE(((dedup.run_row(run)).options OPERATOR(pg_catalog.#>>) '{settings,throttle,off}')::pg_catalog.bool, false) THEN
+        PERFORM dedup.throttle_report(run, process, 1, 1, 0);
+        COMMIT;
+        RETURN;
+    END IF;
+    -- Commits that wait for the disk and write next to nothing.
+    FOR probe IN 1..10 LOOP
+        BEGIN
+            PERFORM pg_catalog.set_config('synchronous_commit', 'on', true), pg_catalog.pg_logical_emit_message(true, 'pg_dedup_migrate', '');
+        EXCEPTION WHEN OTHERS THEN
+            unprobed := SQLERRM;
+        END;
+        EXIT WHEN unprobed IS NOT NULL;
+        began := pg_catalog.clock_timestamp();
+        COMMIT;
+        PERFORM dedup.commit_took(EXTRACT(epoch FROM pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) began)::pg_catalog.float8 OPERATOR(pg_catalog.*) 1000::pg_catalog.float8);
+    END LOOP;
+    PERFORM dedup.decide_here(run, process, bytes_per_second, unprobed);
+    COMMIT;
+END $$;
+COMMENT ON PROCEDURE dedup.look_around(uuid, uuid, float8) IS 'between chunks that a session migrates itself: probes the target, and sets the limits of the run if it is this session''s turn';
 
 -- What the target says of itself. A signal that cannot be read says so: {"unknown": why}.
 CREATE FUNCTION dedup.target_signals(run uuid) RETURNS jsonb

@@ -13,6 +13,7 @@ DECLARE
     attempts record;
     silence record;
     place record;
+    here record;
 BEGIN
     SELECT * INTO s FROM dedup.slis AS x WHERE x.run_id = run;
 
@@ -51,7 +52,12 @@ BEGIN
 
     kind := 'throughput'; severity := 'P1';
     value := s.migration_throughput_gbps * 450; threshold := coalesce((settings ->> 'min_throughput')::float8, 100e9) / 1e9;
-    IF r.status = 'running' AND is_settled AND is_open AND value < threshold THEN
+    SELECT * INTO here FROM dedup.local_chunks(run);
+    -- What a session migrates itself counts when its chunk is done: it is not slow before the largest of them would be.
+    IF r.status = 'running' AND is_settled AND is_open AND value < threshold
+        AND (here.sessions = 0 OR extract(epoch FROM clock_timestamp() - here.since) > 60 + 3.6e-6 / threshold * (
+            SELECT coalesce(max(c.estimated_bytes), 0) FROM dedup.checkpoints AS c JOIN dedup.run_tables AS t USING (run_id, table_id)
+            WHERE c.run_id = run AND c.status = 'pending' AND t.source_spec ? 'local')) THEN
         message := format('%s GB an hour over the last minute; %s are wanted', round(value::numeric, 1), round(threshold::numeric, 1));
         look_at := format('SELECT state, reason, cap FROM dedup.throttle WHERE run_id = %L; then the timings of the last chunks in dedup.checkpoints', run);
         RETURN NEXT;
@@ -100,8 +106,8 @@ BEGIN
         message := format('a worker gave no sign of life for %s s; its chunks go to others in %s s', round(value::numeric), ceil(silence.seconds_left));
         look_at := format('SELECT worker_id, heartbeat_at, info FROM dedup.workers WHERE run_id = %L ORDER BY heartbeat_at', run);
         RETURN NEXT;
-    ELSIF r.status = 'running' AND is_settled AND is_open THEN
-        value := extract(epoch FROM clock_timestamp() - greatest((SELECT max(w.heartbeat_at) FROM dedup.workers AS w WHERE w.run_id = run),
+    ELSIF r.status = 'running' AND is_settled AND is_open AND here.sessions = 0 THEN
+        value := extract(epoch FROM clock_timestamp() - greatest((SELECT max(w.heartbeat_at) FROM dedup.workers AS w WHERE w.run_id = run), (SELECT max(p.reported_at) FROM dedup.processes AS p WHERE p.run_id = run),
                      (SELECT max(c.leased_at) FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.status = 'syncing')));
         IF coalesce(value, 61) > 60 THEN
             message := 'nobody works on the run';

@@ -29,6 +29,9 @@ COMMENT ON FUNCTION dedup.reindex_target(regclass) IS 'drops the entries of a ta
 COMMENT ON FUNCTION dedup.forget_target(regclass) IS 'drops the entries of a target, its rows stay; returns the segments dropped';
 COMMENT ON FUNCTION dedup.orphans(uuid) IS 'chunks of a run that dropped duplicates whose content stands nowhere any more, and how many';
 
+COMMENT ON FUNCTION dedup.commit_took(float8) IS 'a probe of the target, by a session that migrates itself, took so many milliseconds';
+COMMENT ON FUNCTION dedup.decide_here(uuid, uuid, float8, text) IS 'reports a session that migrates itself, and sets the limits of the run if it is its turn';
+
 -- The worker protocol: docs/protocol.md has the packed forms.
 COMMENT ON FUNCTION dedup.begin_chunk(uuid, text, uuid) IS 'opens a leased chunk in this transaction; true: keys of its range may stand in the target, so match_keys comes next';
 COMMENT ON FUNCTION dedup.match_keys(uuid, text, bytea, bytea) IS 'locks the rows under these keys and says of each: absent, unchanged, changed, collision, delivered again, or written by this chunk before';

@@ -49,6 +49,7 @@ mod rollback;
 mod segment;
 mod shmem;
 mod sql;
+mod throttle;
 mod upsert;
 mod verification;
 mod version;

@@ -11,13 +11,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use pg_dedup_throttle::signals::somebody_is_at_work;
+use pg_dedup_throttle::{Decision, Turn, Watch};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 
-use super::controller::{self, Bounds, Limits, Memory};
-use super::signals::{self, Latency, Thresholds};
-use super::{LEAST_RATE, REPORT, in_time};
+use super::{REPORT, in_time};
 use crate::conn::{Endpoint, Role, Session, UNWAITED};
 use crate::error::{At, Error, Result, Side};
 
@@ -29,14 +29,13 @@ struct Probed {
     side: Side,
     endpoint: Arc<Endpoint>,
     session: Option<Session>,
-    latency: Latency,
     /// Why it can't be probed.
     unprobed: Option<String>,
 }
 
 impl Probed {
     fn new(side: Side, endpoint: Arc<Endpoint>) -> Self {
-        Self { side, endpoint, session: None, latency: Latency::default(), unprobed: None }
+        Self { side, endpoint, session: None, unprobed: None }
     }
 
     /// The session, opened anew where there is none.
@@ -48,8 +47,9 @@ impl Probed {
         Ok(self.session.insert(session))
     }
 
-    /// Of the source a trivial query, of the target a commit that waits for the disk and writes next to nothing.
-    async fn probe(&mut self) {
+    /// Of the source a trivial query, of the target a commit that waits for the disk and writes next to nothing. Answers how many milliseconds it
+    /// took.
+    async fn probe(&mut self) -> Option<f64> {
         let (doing, sql) = match self.side {
             Side::Target => (
                 "probing the target",
@@ -66,13 +66,14 @@ impl Probed {
         };
         match probed.await {
             Ok(milliseconds) => {
-                self.latency.add(milliseconds);
                 self.unprobed = None;
+                Some(milliseconds)
             }
             // A server that is away, a standby that was made of the target, or a function that was taken from the role.
             Err(error) => {
                 self.unprobed = Some(error.to_string());
                 self.give_up().await;
+                None
             }
         }
     }
@@ -120,8 +121,7 @@ pub struct Decider {
     target: Probed,
     run: Uuid,
     process: Uuid,
-    /// Where the target's WAL was at the last decision.
-    wal: Option<(Instant, f64)>,
+    watch: Watch,
 }
 
 impl Decider {
@@ -132,7 +132,7 @@ impl Decider {
             target: Probed::new(Side::Target, target),
             run,
             process,
-            wal: None,
+            watch: Watch::default(),
         }
     }
 
@@ -155,19 +155,22 @@ impl Decider {
     }
 
     async fn probe(&mut self) {
-        match &mut self.source {
-            Some(source) => {
-                tokio::join!(source.probe(), self.target.probe());
+        let of_source = async {
+            match &mut self.source {
+                Some(source) => source.probe().await,
+                None => None,
             }
-            None => self.target.probe().await,
-        }
+        };
+        let (read, commit) = tokio::join!(of_source, self.target.probe());
+        read.into_iter().for_each(|milliseconds| self.watch.read.add(milliseconds));
+        commit.into_iter().for_each(|milliseconds| self.watch.commit.add(milliseconds));
     }
 
     /// Where others are at work, what is usual for them is learnt before the first chunk is read. Signals of the source have to be there for the
     /// first decision: what can't be read is bad.
     pub async fn look_around(&mut self) {
         self.probe().await;
-        if signals::somebody_is_at_work(&self.signals().await) {
+        if somebody_is_at_work(&self.signals().await) {
             let until = Instant::now() + REPORT;
             while Instant::now() < until {
                 self.probe().await;
@@ -182,59 +185,25 @@ impl Decider {
     /// The target does not take the decision.
     pub async fn decide(&mut self, turn: &Value) -> Result<()> {
         let mut signals = self.signals().await;
-        let number = |value: &Value| value.as_f64();
-        let wal_now = number(&signals["wal_position"]).map(|position| (Instant::now(), position));
-        let wal_per_second = match (self.wal, wal_now) {
-            (Some((then, before)), Some((now, position))) if now > then => {
-                Some((position - before) / (now - then).as_secs_f64())
-            }
-            _ => None,
-        };
-        self.wal = wal_now;
-        let options = &turn["options"];
-        let most = number(&options["max_rate"]);
-        let least = number(&options["min_rate"]).unwrap_or(LEAST_RATE);
-        let bounds = Bounds { least: least.min(most.unwrap_or(f64::MAX)), most };
-        let limits = Limits {
-            rate: number(&turn["byte_rate"]),
-            active: turn["active_chunks"].as_u64().and_then(|active| u32::try_from(active).ok()),
-        };
-        let throughput = number(&turn["throughput"]).unwrap_or(0.0);
-        // Paused, or between chunks; or as slow as it may be.
-        let idle = turn["busy"].as_u64() == Some(0);
-        let hardly_moving = idle || limits.rate.is_some_and(|rate| rate <= bounds.least);
-        for (name, probed) in
-            [("source_read_ms", self.source.as_mut()), ("target_commit_ms", Some(&mut self.target))]
-        {
-            let Some(probed) = probed else { continue };
-            probed.latency.learn(hardly_moving);
-            signals[name] = json!(probed.latency.high());
+        for probed in self.source.iter().chain([&self.target]) {
             if let Some(why) = &probed.unprobed {
                 signals[probed.probe_name()] = json!({"unknown": why});
             }
         }
-        let no_latency = Latency::default();
-        let read = self.source.as_ref().map_or(&no_latency, |source| &source.latency);
-        let mut bad =
-            signals::verdicts(&signals, read, &self.target.latency, wal_per_second, &Thresholds::default());
-        let memory: Memory = serde_json::from_value(turn["controller"].clone()).unwrap_or_default();
-        let lanes = turn["lanes"].as_u64().and_then(|lanes| u32::try_from(lanes).ok()).unwrap_or(1);
-        let begins = turn["controller"].as_object().is_some_and(serde_json::Map::is_empty);
-        let gently = begins && bad.is_empty() && signals::somebody_is_at_work(&signals);
-        let (next, memory, state) = if gently {
-            bad.push("others are at work, so it begins gently".to_owned());
-            controller::begin_gently(bounds)
-        } else {
-            controller::decide(limits, memory, bounds, !bad.is_empty(), throughput, lanes)
-        };
-        if next.rate.is_none() != limits.rate.is_none() {
-            match next.rate {
-                Some(rate) => tracing::warn!("slowed to {:.1} MB/s: {}", rate / 1e6, bad.join("; ")),
+        let Decision { before, limits, state, memory, reason } =
+            self.watch.decide(&Turn::from(turn), &mut signals, Instant::now());
+        if limits.rate.is_none() != before.rate.is_none() {
+            match limits.rate {
+                Some(rate) => {
+                    tracing::warn!(
+                        "slowed to {:.1} MB/s: {}",
+                        rate / 1e6,
+                        reason.as_deref().unwrap_or_default()
+                    );
+                }
                 None => tracing::info!("as fast as it goes again"),
             }
         }
-        let memory = serde_json::to_value(memory).map_err(|e| Error::refused(e.to_string()))?;
-        let reason = (!bad.is_empty()).then(|| bad.join("; "));
         let (run, process) = (self.run, self.process);
         let target = self.target.session().await?;
         let doing = "throttle_decide";
@@ -247,8 +216,8 @@ impl Decider {
                     &[
                         &run,
                         &process,
-                        &next.rate.map(|rate| rate as i64),
-                        &next.active.map(|active| active as i32),
+                        &limits.rate.map(|rate| rate as i64),
+                        &limits.active.map(|active| active as i32),
                         &state.name(),
                         &reason,
                         &signals,

@@ -10,15 +10,14 @@
 //! The limits stand in the target's `dedup.throttle`, so that all workers of a run obey one; whichever process comes first in a second decides. What the
 //! decider waits for, on sessions of its own, holds up no report.
 
-mod controller;
 mod decider;
-mod signals;
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_speed_limit::Limiter;
+use pg_dedup_throttle::LEAST_RATE;
 use serde_json::Value;
 use tokio::sync::{Notify, mpsc, watch};
 use uuid::Uuid;
@@ -33,8 +32,6 @@ use crate::progress::Counters;
 const REPORT: Duration = Duration::from_secs(1);
 /// Time that a server has to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Bytes a second that a run is never slowed below, unless it says otherwise.
-const LEAST_RATE: f64 = 1e6;
 
 /// Said where the target gives no limits.
 const UNASKED: &str = "the throttle can't be asked";

@@ -252,6 +252,32 @@ async fn a_full_disk_in_sql() {
     assert_eq!(db.one::<i64>("SELECT count(*) FROM t").await, 5000);
 }
 
+/// What a session migrates itself is seen by nobody before it commits: it is neither lost nor slow until its chunk would be late.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_chunk_in_a_session_of_its_own() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec(
+        "CREATE TABLE s (id int PRIMARY KEY, body text); CREATE TABLE t (LIKE s INCLUDING ALL); INSERT INTO s SELECT n, md5(n::text) FROM generate_series(1, 5000) AS n",
+    )
+    .await;
+    let run: String = db.one("SELECT dedup.create_run('local')::text").await;
+    db.exec(&format!("SELECT dedup.add_table('{run}', 'public.s', 't'), dedup.plan_chunks('{run}', 50000), dedup.resume_run('{run}')")).await;
+    let minutes_ago = "UPDATE dedup.runs SET running_since = clock_timestamp() - interval '5 min'";
+    db.exec(minutes_ago).await;
+    let kinds = format!("SELECT kind FROM dedup.alert_conditions('{run}')");
+    assert_eq!(db.column(&kinds).await, ["throughput", "worker_lost"]);
+    let session = pair.target_again().await;
+    session
+        .exec(&format!(
+            "BEGIN; SELECT dedup.migrate_chunk('{run}', (SELECT min(chunk_id) FROM dedup.checkpoints))"
+        ))
+        .await;
+    assert_eq!(db.column(&kinds).await, [""; 0]);
+    session.exec("COMMIT").await;
+    assert_eq!(db.column(&kinds).await, ["throughput", "worker_lost"]);
+}
+
 /// What can't be looked at of one run, or of a disk, hides nothing of the others.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_bad_run_among_others() {

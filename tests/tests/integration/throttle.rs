@@ -227,6 +227,50 @@ async fn a_query_slows_the_run() {
     output.says("as fast as it goes again");
 }
 
+/// A session that migrates by itself looks at the target between its chunks: it is slowed, says why, and is let go again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_that_migrates_by_itself() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    db.exec(
+        "SET application_name = 'pg-dedup-migrate/test'; CREATE TABLE public.busy (busy int); INSERT INTO public.busy VALUES (1); \
+         CREATE TABLE public.raw (id int PRIMARY KEY, body text); CREATE TABLE public.items (LIKE public.raw INCLUDING ALL); \
+         INSERT INTO public.raw SELECT n, repeat(md5(n::text), 2) || n FROM generate_series(1, 60000) AS n",
+    )
+    .await;
+    let settings =
+        r#"{"settings": {"throttle": {"query": "SELECT busy FROM public.busy", "min_rate": 200000}}}"#;
+    let run: String = db.one(&format!("SELECT dedup.create_run('here', '{settings}')::text")).await;
+    db.exec(&format!(
+        "SELECT dedup.add_table('{run}', 'public.raw', 'public.items'), dedup.plan_chunks('{run}', 50000)"
+    ))
+    .await;
+    let verified = "SELECT count(*) FROM dedup.checkpoints WHERE status = 'verified'";
+    let sessions: Vec<_> = futures_util::future::join_all((0..2).map(|_| pair.target_again())).await;
+    let calls = sessions.into_iter().map(|session| {
+        let call = format!("CALL dedup.migrate_run('{run}')");
+        tokio::spawn(async move {
+            session.exec("SET application_name = 'pg-dedup-migrate/test'").await;
+            session.exec(&call).await;
+        })
+    });
+    let calls: Vec<_> = calls.collect();
+    db.wait_until("EXISTS (SELECT FROM dedup.throttle WHERE byte_rate = 200000 AND state = 'slowed' AND reason = 'the throttle query says 1')").await;
+    db.wait_until(&format!("({verified}) >= 4")).await;
+    // Both together keep to it: four chunks a second, and less, since they rest within chunks, too.
+    let (before, began) = (db.one::<i64>(verified).await, Instant::now());
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let chunks = (db.one::<i64>(verified).await - before) as f64 / began.elapsed().as_secs_f64();
+    assert!((0.2..7.0).contains(&chunks), "{chunks} chunks a second");
+    db.exec("UPDATE public.busy SET busy = 0").await;
+    db.wait_until("EXISTS (SELECT FROM dedup.throttle WHERE state = 'free' AND byte_rate IS NULL)").await;
+    for call in calls {
+        call.await.expect("the session migrates");
+    }
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM public.items").await, 60_000);
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM dedup.processes").await, 0);
+}
+
 /// Nothing is bad before it was asked for: a run between quiet servers is not slowed when it begins.
 #[tokio::test(flavor = "multi_thread")]
 async fn not_slowed_before_signals_are_there() {
