@@ -506,6 +506,8 @@ impl Worker {
         let Some(target) = &self.target else {
             return Err(Error::here(Kind::Connection, "a connection is gone"));
         };
+        // First why, then the pause: whoever is killed in between leaves a run that the next full disk pauses.
+        let status = protocol::fail_chunk(target, self.crew.run, lease, error).await;
         if policy == Policy::PauseRun && !self.crew.repairs {
             // Somebody else may have paused it already, or ended it.
             match protocol::pause_run(target, self.crew.run).await {
@@ -513,7 +515,7 @@ impl Worker {
                 Err(refused) => tracing::warn!("the run can't be paused: {refused}"),
             }
         }
-        protocol::fail_chunk(target, self.crew.run, lease, error).await
+        status
     }
 }
 

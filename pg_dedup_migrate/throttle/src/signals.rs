@@ -76,6 +76,8 @@ pub struct Thresholds {
     pub wal_kept: f64,
     /// Seconds that the source's oldest snapshot may be old.
     pub snapshot_age: f64,
+    /// Age of the source's oldest xmin, as a part of `autovacuum_freeze_max_age`.
+    pub xmin_age: f64,
 }
 
 impl Default for Thresholds {
@@ -86,6 +88,7 @@ impl Default for Thresholds {
             wal_seconds: 5.0,
             wal_kept: 0.5,
             snapshot_age: 3600.0,
+            xmin_age: 0.5,
         }
     }
 }
@@ -129,6 +132,9 @@ pub fn verdicts(
     });
     above("snapshot_age", thresholds.snapshot_age, &|age| {
         format!("the source's oldest snapshot is {:.0} min old", age / 60.0)
+    });
+    above("xmin_age", thresholds.xmin_age, &|part| {
+        format!("the source's oldest xmin is {:.0} % of autovacuum_freeze_max_age old", part * 100.0)
     });
     for name in ["wal_position", "wal_room"] {
         above(name, f64::INFINITY, &|_| String::new());
@@ -211,7 +217,7 @@ mod tests {
         let quiet = latency(1.0, 1.0);
         assert_eq!(told(&json!({"replication_lag": null, "query": null}), &quiet), [""; 0]);
         let bad = told(
-            &json!({"replication_lag": {"unknown": "denied"}, "query": 1, "wal_room": 2e6, "target_connections": 0.95, "target_probe": {"unknown": "read only"}, "wal_kept": 0.6}),
+            &json!({"replication_lag": {"unknown": "denied"}, "query": 1, "wal_room": 2e6, "target_connections": 0.95, "target_probe": {"unknown": "read only"}, "wal_kept": 0.6, "xmin_age": 0.7}),
             &quiet,
         );
         assert_eq!(
@@ -221,6 +227,7 @@ mod tests {
                 "95 % of the target's connections are taken",
                 "target probe can't be read: read only",
                 "WAL that slots or the archiver keep takes 60 % of its disk's room",
+                "the source's oldest xmin is 70 % of autovacuum_freeze_max_age old",
                 "the throttle query says 1",
                 "WAL fills max_wal_size in 2.0 s"
             ]

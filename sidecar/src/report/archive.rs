@@ -6,6 +6,7 @@ use std::fs::{File, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
@@ -51,8 +52,26 @@ struct Manifest<'a> {
     files: &'a [Entry],
 }
 
+/// What a directory is called as long as its archive is not complete.
+const WRITING: &str = ".writing-";
+/// Age of such a directory that nobody writes to any more: each file of an archive is new in it.
+const ABANDONED: Duration = Duration::from_secs(24 * 3600);
+
 fn io_failed(path: &Path) -> impl Fn(io::Error) -> Error + '_ {
     move |e| Error::refused(format!("can't write {}: {e}", path.display()))
+}
+
+/// Removes what archives left that were killed while they were written, long enough ago that nobody writes there any more.
+fn remove_abandoned(dir: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        let is_abandoned = entry.file_name().to_string_lossy().starts_with(WRITING)
+            && entry.metadata()?.modified()?.elapsed().is_ok_and(|age| age > ABANDONED);
+        if is_abandoned {
+            std::fs::remove_dir_all(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// Writes an archive of a run below a directory.
@@ -64,7 +83,8 @@ pub async fn write(
 ) -> Result<Archive> {
     let failed = io_failed(dir);
     std::fs::create_dir_all(dir).map_err(&failed)?;
-    let place = tempfile::Builder::new().prefix(".writing-").tempdir_in(dir).map_err(&failed)?;
+    remove_abandoned(dir).map_err(&failed)?;
+    let place = tempfile::Builder::new().prefix(WRITING).tempdir_in(dir).map_err(&failed)?;
     // It holds refused records: for its owner alone, as long as nobody decides otherwise.
     std::fs::set_permissions(place.path(), Permissions::from_mode(0o700)).map_err(&failed)?;
 
@@ -193,5 +213,31 @@ impl Write for Hashed {
 
     fn flush(&mut self) -> io::Result<()> {
         self.file.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+
+    #[test]
+    fn only_what_nobody_writes_any_more_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in [".writing-old", ".writing-new", "archive"] {
+            let path = dir.path().join(name);
+            std::fs::create_dir(&path).unwrap();
+            std::fs::write(path.join("ledger.csv.gz"), "").unwrap();
+            if name != ".writing-new" {
+                let age = SystemTime::now() - 2 * ABANDONED;
+                File::open(&path).unwrap().set_modified(age).unwrap();
+            }
+        }
+        remove_abandoned(dir.path()).unwrap();
+        let mut left: Vec<_> =
+            std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, [".writing-new", "archive"]);
     }
 }

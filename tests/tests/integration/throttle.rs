@@ -205,6 +205,10 @@ async fn a_query_slows_the_run() {
     db.wait_until("EXISTS (SELECT FROM dedup.checkpoints WHERE status = 'verified')").await;
     db.exec("UPDATE public.busy SET busy = 1").await;
     running.wait_for("slowed to").await;
+    // A snapshot of somebody's on the source is looked at, by its age in time and in transactions.
+    pair.source.exec("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT FROM public.items LIMIT 1").await;
+    db.wait_until("EXISTS (SELECT FROM dedup.throttle WHERE (signals ->> 'snapshot_age')::float8 > 0 AND (signals ->> 'xmin_age')::float8 < 0.5)").await;
+    pair.source.exec("COMMIT").await;
     db.wait_until("EXISTS (SELECT FROM dedup.throttle WHERE byte_rate = 100000 AND active_chunks = 1 AND state = 'slowed' AND reason LIKE '%the throttle query says 1%')").await;
     // One chunk at a time.
     let most: i64 = db.one("SELECT count(*) FROM dedup.checkpoints WHERE status = 'syncing' AND leased_at > (SELECT changed_at FROM dedup.throttle)").await;
