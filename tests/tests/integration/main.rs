@@ -6,6 +6,7 @@ mod commands;
 mod crash;
 mod doctor;
 mod harness;
+mod histories;
 mod index_functions;
 mod keys;
 mod lost_records;
