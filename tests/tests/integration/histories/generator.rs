@@ -113,7 +113,7 @@ impl Maker {
         let bytes = [1, 70, 100, 1_000_000][self.numbers.below(4) as usize];
         self.runs += 1;
         self.steps.push(Step::Run(self.runs as Run, source, bytes));
-        if self.numbers.below(3) > 0 {
+        if self.numbers.below(4) > 0 {
             self.settle();
         }
     }
@@ -122,6 +122,10 @@ impl Maker {
     fn settle(&mut self) {
         for run in (1..=self.runs as Run).chain(1..=self.runs as Run) {
             self.steps.push(Step::Resume(run));
+        }
+        // They may go on so for ever: no other run begins as long as one is open.
+        for run in 1..=self.runs as Run {
+            self.steps.push(Step::Cancel(run));
         }
     }
 

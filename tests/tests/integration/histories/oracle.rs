@@ -103,7 +103,11 @@ impl Change<'_> {
     /// The content stands, or the record is set aside, or its chunk is to be done again.
     fn is_there(&self, run: Run, key: Key, read: &Read) -> bool {
         let open = self.after.chunk_of(run, key).is_none_or(|chunk| chunk.status != "verified");
-        open || self.after.stands(read.content) || self.after.aside.contains(&(run, key))
+        // A run that was given up has no claim on what it dropped.
+        let given_up = self.after.runs.get(&run).is_some_and(|status| status == "cancelled");
+        open || given_up && self.is_dropped(run, key, read)
+            || self.after.stands(read.content)
+            || self.after.aside.contains(&(run, key))
     }
 
     fn is_dropped(&self, run: Run, key: Key, read: &Read) -> bool {

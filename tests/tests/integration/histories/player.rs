@@ -15,7 +15,7 @@ const DATABASE: &str = "history";
 /// All sources that a history may have.
 pub const SOURCES: &[Source] = &['a', 'b', 'c'];
 /// SQLSTATE of a refusal because of other runs.
-const OTHERS_DEPEND: &str = "55006";
+const IN_USE: &str = "55006";
 /// SQLSTATE of a refusal because of what is there.
 const NOT_IN_STATE: &str = "55000";
 
@@ -116,6 +116,12 @@ impl Player {
             Step::ByHand(key, content) => self.put("public.it", *key, *content).await,
             Step::Run(run, source, bytes) => self.run(*run, *source, *bytes).await,
             Step::Resume(run) => self.resume(*run).await,
+            Step::Cancel(run) => match self.status(*run) {
+                Some("running" | "failed" | "paused") => {
+                    self.call(&format!("SELECT dedup.cancel_run({})", id(*run)), "").await
+                }
+                _ => Answer::Skipped,
+            },
             Step::Reconcile(run) => match self.status(*run) {
                 Some("done" | "reconciled" | "halted") => {
                     self.call(&format!("SELECT FROM dedup.reconcile({})", id(*run)), "").await
@@ -149,7 +155,8 @@ impl Player {
              SELECT dedup.add_table({id}, 'public.{source}', 'public.it', content_columns => '{{v}}'); SELECT dedup.plan_chunks({id}, {bytes})",
             id = id(run)
         );
-        match self.call(&planned, "").await {
+        // While a run is open, or halted, no other begins.
+        match self.call(&planned, IN_USE).await {
             Answer::Done => self.migrate(run).await,
             answer => answer,
         }
@@ -184,7 +191,7 @@ impl Player {
         if force == Force::Always {
             return self.call(&sql(true), "").await;
         }
-        match self.call(&sql(false), OTHERS_DEPEND).await {
+        match self.call(&sql(false), IN_USE).await {
             Answer::Refused if force == Force::IfRefused => self.call(&sql(true), "").await,
             answer => answer,
         }

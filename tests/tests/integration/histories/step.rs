@@ -34,6 +34,8 @@ pub enum Step {
     Run(Run, Source, u32),
     /// A run is gone on with.
     Resume(Run),
+    /// An open run is given up.
+    Cancel(Run),
     /// A run is reconciled.
     Reconcile(Run),
     /// A halted run is repaired, with or without the deletion of extra rows.
@@ -75,6 +77,7 @@ impl fmt::Display for Step {
             Step::ByHand(key, None) => write!(f, "by hand {key} goes"),
             Step::Run(run, source, bytes) => write!(f, "run r{run} of {source} by {bytes}"),
             Step::Resume(run) => write!(f, "resume r{run}"),
+            Step::Cancel(run) => write!(f, "cancel r{run}"),
             Step::Reconcile(run) => write!(f, "reconcile r{run}"),
             Step::Repair(run, false) => write!(f, "repair r{run}"),
             Step::Repair(run, true) => write!(f, "repair r{run} and delete extra"),
@@ -101,6 +104,7 @@ impl FromStr for Step {
                 (|| Some(Step::Run(number_of(run)?, source.parse().ok()?, bytes.parse().ok()?)))()
             }
             ["resume", run] => number_of(run).map(Step::Resume),
+            ["cancel", run] => number_of(run).map(Step::Cancel),
             ["reconcile", run] => number_of(run).map(Step::Reconcile),
             ["repair", run] => number_of(run).map(|run| Step::Repair(run, false)),
             ["repair", run, "and", "delete", "extra"] => number_of(run).map(|run| Step::Repair(run, true)),
