@@ -127,6 +127,9 @@ impl Change<'_> {
         if !dropped && memory.is_read_later(self.after, run, key, read) {
             return Some(None);
         }
+        if !dropped && self.is_kept(memory, run, key) {
+            return Some(None);
+        }
         let touched = memory.touched.get(&key).is_some_and(|step| *step >= read.step);
         let stale = self.after.stale().iter().any(|(_, content)| *content == read.content);
         let stood = self.before.stands(read.content);
@@ -148,6 +151,15 @@ impl Change<'_> {
             }
             _ => None,
         }
+    }
+
+    /// Does the row stand for a run that never read its key? A forced rollback kept it, as it was, for records that were dropped in its favour, and what it
+    /// had replaced stays that run's before image (docs/rollback.md).
+    fn is_kept(&self, memory: &Memory, run: Run, key: Key) -> bool {
+        let entry = self.after.rows.get(&key).and_then(|content| self.after.entries.get(&(key, *content)));
+        let Some(Some(heir)) = entry else { return false };
+        let never_read = memory.begun.get(heir).is_some_and(|begun| !begun.reads.contains_key(&key));
+        *heir != run && never_read && self.after.images.contains(&(*heir, key))
     }
 
     fn is_of_same_source(&self, memory: &Memory, run: Run, other: Run) -> bool {
@@ -235,12 +247,15 @@ fn runs_rows(memory: &Memory, state: &State, content: Content) -> Vec<Key> {
 }
 
 /// Is all as the run left it? Nobody changed a row, its source is what it read, no later run of its keys read anything else, no content stands twice, no
-/// earlier run of its source read more.
+/// earlier run of its source read more, and no repair of another run folded a row that it had found unchanged.
 fn is_as_read(memory: &Memory, state: &State, run: Run) -> bool {
     let (Some(begun), Some(records)) = (memory.begun.get(&run), memory.source_of(run)) else { return false };
     let reads: std::collections::BTreeMap<Key, Content> =
         begun.reads.iter().map(|(key, read)| (*key, read.content)).collect();
     let later = begun.reads.iter().any(|(key, read)| memory.is_read_later(state, run, *key, read));
+    let has_row = |(key, content): (&Key, &Content)| {
+        state.rows.get(key) == Some(content) || state.ledger.contains(&(run, *key, *content))
+    };
     let mut siblings = memory
         .begun
         .iter()
@@ -249,7 +264,7 @@ fn is_as_read(memory: &Memory, state: &State, run: Run) -> bool {
     let mut contents: Vec<Content> = state.rows.values().copied().collect();
     contents.sort_unstable();
     let twice = contents.windows(2).any(|pair| pair[0] == pair[1]);
-    memory.touched.is_empty() && reads == *records && !later && !extra && !twice
+    memory.touched.is_empty() && reads == *records && reads.iter().all(has_row) && !later && !extra && !twice
 }
 
 /// What is there that should not be when every run is taken back.

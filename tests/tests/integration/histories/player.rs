@@ -96,7 +96,10 @@ impl Player {
     async fn play(&mut self, step: &Step) -> Result<(), Vec<String>> {
         self.memory.begin(step, &self.state);
         let answer = self.act(step).await;
-        let after = State::of(&self.db).await;
+        let after = match (step, &answer) {
+            (Step::Source(..), _) | (_, Answer::Skipped) => self.state.clone(),
+            _ => State::of(&self.db).await,
+        };
         self.memory.reread(&self.state, &after);
         if std::env::var_os("HISTORIES_VERBOSE").is_some() {
             eprintln!("{step}: {answer:?}\n    {after}");
