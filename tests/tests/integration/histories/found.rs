@@ -19,19 +19,53 @@ async fn a_row_whose_image_another_run_has_does_not_come_back() {
     .await;
 }
 
-/// A run found a row unchanged, another removed it. When the row's writer is taken back first, the row comes back with the other's rollback all the same.
+/// A run found a row unchanged, the next changed it. When the row's writer is taken back first, the row comes back with the last one's rollback all the same.
 #[ignore = "the before image goes with the row's writer"]
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_found_unchanged_before_it_was_removed() {
+async fn a_row_found_unchanged_before_it_was_changed() {
     plays(
-        "b 5=t
-         c 3=p
-         c 5=p
-         run r1 of b by 100
-         run r2 of b by 100
-         run r3 of c by 1
+        "a 1=u
+         run r1 of a by 100
+         run r2 of a by 100
+         a 1=s
+         run r3 of a by 100
          roll back r1 forced
          roll back r3",
+    )
+    .await;
+}
+
+/// A row that was removed, written again and removed again: it does not come back as long as who removed it last stands, though who wrote it is taken back.
+#[ignore = "the row comes back, and the index does not know it"]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_removed_twice_whose_writer_is_taken_back() {
+    plays(
+        "b 1=u
+         b 2=q
+         c 2=u
+         run r1 of b by 100
+         run r2 of c by 100
+         run r3 of b by 100
+         run r4 of c by 100
+         roll back r3 forced
+         roll back r2 forced if refused",
+    )
+    .await;
+}
+
+/// A row that a run found unchanged was changed by a second run and is made what it had been by a third: the first rests on it no more, and the third's
+/// rollback gives the second its row back.
+#[ignore = "the row is kept for who found an earlier one unchanged"]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_is_again_what_was_found_unchanged() {
+    plays(
+        "a 4=p
+         b 4=q
+         run r1 of b by 100
+         run r2 of b by 100
+         run r3 of a by 100
+         run r4 of b by 100
+         roll back r4 forced if refused",
     )
     .await;
 }
@@ -53,9 +87,9 @@ async fn a_row_removed_and_written_again_by_one_run() {
          run r4 of c by 70
          resume r3
          roll back r2 forced
-         roll back r4 forced
-         roll back r3 forced
-         roll back r1 forced",
+         roll back r4
+         roll back r3
+         roll back r1",
     )
     .await;
 }
