@@ -29,8 +29,8 @@ use generator::Class;
 use player::{Stage, Wrong};
 use step::{Step, numbered, parse};
 
-/// Seeds of an ordinary test: three of each class.
-const SEEDS: Range<u64> = 2..14;
+/// Seeds of an ordinary test: two of each class.
+const SEEDS: Range<u64> = 2..10;
 
 /// What `HISTORIES_SEEDS` asks for: `FROM..TO`, or how many from 0 on.
 fn seeds() -> Range<u64> {
