@@ -86,10 +86,10 @@ async fn a_row_removed_and_written_again_by_one_run() {
          run r3 of b by 1
          run r4 of c by 70
          resume r3
-         roll back r2 forced
-         roll back r4
-         roll back r3
-         roll back r1",
+         roll back r2 forced if refused
+         roll back r4 forced if refused
+         roll back r3 forced if refused
+         roll back r1 forced if refused",
     )
     .await;
 }
@@ -111,6 +111,28 @@ async fn a_row_that_was_kept_gives_way_to_a_repair() {
          reconcile r3
          roll back r3 forced if refused
          roll back r1 forced if refused",
+    )
+    .await;
+}
+
+/// What a run wrote over another's row is not an earlier run's row once more, though it has that one's content: the other's row comes back.
+#[ignore = "the row is left, and the index names one that is not there"]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_written_over_another_runs_with_an_earlier_content() {
+    plays(
+        "b 2=t
+         b 3=t
+         c 2=q
+         c 3=s
+         run r1 of b by 1
+         run r2 of c by 1
+         resume r1
+         cancel r2
+         run r3 of b by 1
+         run r4 of c by 70
+         resume r3
+         roll back r2 forced
+         roll back r3",
     )
     .await;
 }
