@@ -81,15 +81,16 @@ impl Interests {
         Ok(interests)
     }
 
-    /// Who found the row under this key unchanged.
-    fn by_row(&self, content: &Digest, key: &[u8]) -> Option<u64> {
+    /// Who found this row unchanged, last; `taken`: whether a row with this content was taken away from under the key between that finish and the
+    /// entry's.
+    fn by_row(&self, content: &Digest, key: &[u8], taken: impl Fn(u64) -> bool) -> Option<u64> {
         if self.by_row.is_empty() {
             return None;
         }
         let sought = rested_on(content, key);
         let end = self.by_row.partition_point(|(row, _)| *row <= sought);
         let (row, ordinal) = *self.by_row[..end].last()?;
-        (row == sought).then_some(ordinal)
+        (row == sought && !taken(ordinal)).then_some(ordinal)
     }
 
     /// What becomes of the entries of one content that leave; `said` is all that the index says about it, by ordinal. A row in the place of one with
@@ -123,7 +124,13 @@ impl Interests {
                     // What stood there with the same content stands there again.
                     let before = said[..at].iter().rev().find(|p| p.key == place.key && !leaves(p.ordinal));
                     let comes_back = before.is_some_and(|p| !p.tombstone);
-                    let by_row = || self.by_row(content, &place.key).filter(|_| !comes_back);
+                    // An entry that was handed over has a later ordinal than whoever found its row unchanged, and so has a row that was written
+                    // anew: in between it was taken away, by a finish that stays.
+                    let taken = |found: u64| {
+                        let mut between = said.iter().filter(|p| p.key == place.key && !leaves(p.ordinal));
+                        between.any(|p| p.tombstone && (found..place.ordinal).contains(&p.ordinal))
+                    };
+                    let by_row = || self.by_row(content, &place.key, taken).filter(|_| !comes_back);
                     by_content.or_else(by_row).map_or(Fate::Goes, Fate::Rested)
                 }
             };
@@ -194,15 +201,17 @@ fn has_later_changes(rollback: &Rollback, part: &Part) -> Result<bool> {
     )?)
 }
 
-/// Whether rows of what is taken back have a later history, so that a row which looks as it was written may not be it: others changed some, or a
-/// chunk was done again. A row that was gone and is written again leaves no before image.
+/// Whether rows of what is taken back have a later history, so that a row which looks as it was written may not be it: others changed some, a chunk was done
+/// again, or some were removed, whose places others may have written to, and cleared, since. A row that was gone and is written again leaves no before image.
 ///
 /// # Errors
 /// SPI's own.
 pub fn is_overwritten(rollback: &Rollback, parts: &[Part]) -> Result<bool> {
     let again = required(Spi::get_one_with_args::<bool>(
         "SELECT EXISTS (SELECT FROM dedup.ordinals AS a JOIN dedup.ordinals AS o USING (run_id, chunk_id) \
-             WHERE o.run_id = $1 AND ($2::pg_catalog.text IS NULL OR o.chunk_id = $2) AND a.ordinal OPERATOR(pg_catalog.<) o.ordinal)",
+             WHERE o.run_id = $1 AND ($2::pg_catalog.text IS NULL OR o.chunk_id = $2) AND a.ordinal OPERATOR(pg_catalog.<) o.ordinal) \
+         OR EXISTS (SELECT FROM dedup.before_images AS b WHERE b.run_id = $1 AND ($2::pg_catalog.text IS NULL OR b.chunk_id = $2) AND b.action = 'delete' \
+             AND EXISTS (SELECT FROM dedup.ordinals AS o WHERE o.target_id = b.target_id AND o.ordinal OPERATOR(pg_catalog.>) b.ordinal AND o.run_id <> $1))",
         &[rollback.run.into(), rollback.chunk.clone().into()],
     )?)?;
     parts.iter().try_fold(again, |any, part| Ok(any || has_later_changes(rollback, part)?))
@@ -267,7 +276,7 @@ pub fn refuse(rollback: &Rollback, parts: &[Part]) -> Result<()> {
                 Ok(())
             })?;
         }
-        for_each_replaced(rollback, part, |by| *overwritten.entry(by).or_default() += 1)?;
+        for_each_replaced(rollback, part, |by, _| *overwritten.entry(by).or_default() += 1)?;
     }
     // What became nobody's since is for the steps to leave alone.
     let standing = others(rollback.run, rollback.chunk.as_deref(), &overwritten.keys().copied().collect())?;
@@ -312,30 +321,67 @@ fn by_run(finishes: &BTreeMap<u64, i64>) -> Result<Vec<(Uuid, String, i64)>> {
     })
 }
 
-/// Tells the finishes of others that wrote rows under keys whose rows were removed by what is taken back, or found such a row there.
-fn for_each_replaced(rollback: &Rollback, part: &Part, mut tell: impl FnMut(u64)) -> Result<()> {
-    /// Keys looked at together.
-    const BATCH: i64 = 20_000;
+/// [`subject`] of each before image of what is taken back whose row a finish that stays has changed, or written anew, since: the image becomes that
+/// finish's, and what it holds does not come back.
+///
+/// # Errors
+/// SPI's own; XX001 for damaged state.
+pub fn images_of_others(rollback: &Rollback, part: &Part) -> Result<HashSet<u64>> {
+    let mut images = HashSet::new();
+    let mut tell = |_, image| {
+        images.insert(image);
+    };
+    for_each_changed(rollback, part, false, &mut tell)?;
+    for_each_written_anew(rollback, part, &mut tell)?;
+    Ok(images)
+}
+
+/// Tells the finishes of others that wrote rows under keys whose rows were removed by what is taken back, or found such a row there; and [`subject`] of
+/// what was removed.
+fn for_each_replaced(rollback: &Rollback, part: &Part, mut tell: impl FnMut(u64, u64)) -> Result<()> {
+    for_each_changed(rollback, part, true, &mut tell)?;
+    for_each_written_anew(rollback, part, &mut tell)
+}
+
+/// Tells the finishes of others that changed or removed rows under keys whose rows were changed (or `removed`: those alone) before by what is taken back.
+fn for_each_changed(
+    rollback: &Rollback,
+    part: &Part,
+    removed: bool,
+    tell: &mut impl FnMut(u64, u64),
+) -> Result<()> {
     if part.target.layout.key.is_empty() {
         return Ok(());
     }
     Spi::connect(|client| -> Result<()> {
         let found = client.select(
-            "SELECT n.ordinal FROM dedup.before_images AS b JOIN dedup.before_images AS n USING (target_id, key) \
-             WHERE b.run_id = $1 AND b.target_id = $2 AND b.action = 'delete' AND ($3::pg_catalog.text IS NULL OR b.chunk_id = $3) \
+            "SELECT b.ordinal AS image, b.key, n.ordinal FROM dedup.before_images AS b JOIN dedup.before_images AS n USING (target_id, key) \
+             WHERE b.run_id = $1 AND b.target_id = $2 AND (b.action = 'delete' OR NOT $4) AND ($3::pg_catalog.text IS NULL OR b.chunk_id = $3) \
                  AND n.ordinal OPERATOR(pg_catalog.>) b.ordinal AND NOT (n.run_id = $1 AND ($3::pg_catalog.text IS NULL OR n.chunk_id = $3)) \
                  AND NOT EXISTS (SELECT FROM dedup.rollback_steps AS s WHERE s.ordinal = n.ordinal AND s.undone_at IS NOT NULL)",
             None,
-            &[rollback.run.into(), part.target.id.into(), rollback.chunk.clone().into()],
+            &[rollback.run.into(), part.target.id.into(), rollback.chunk.clone().into(), removed.into()],
         )?;
         for row in found {
-            tell(required::<i64>(row["ordinal"].value()?)?.cast_unsigned());
+            let image: i64 = required(row["image"].value()?)?;
+            let key: Vec<u8> = required(row["key"].value()?)?;
+            let by: i64 = required(row["ordinal"].value()?)?;
+            tell(by.cast_unsigned(), subject(image.cast_unsigned(), &key));
         }
         Ok(())
-    })?;
+    })
+}
+
+/// Tells the finishes of others whose rows stand under keys whose rows were removed by what is taken back.
+fn for_each_written_anew(rollback: &Rollback, part: &Part, tell: &mut impl FnMut(u64, u64)) -> Result<()> {
+    /// Keys looked at together.
+    const BATCH: i64 = 20_000;
+    if part.target.layout.key.is_empty() {
+        return Ok(());
+    }
     Spi::connect(|client| {
         let mut cursor = client.open_cursor(
-            "SELECT key FROM dedup.before_images WHERE run_id = $1 AND target_id = $2 AND action = 'delete' \
+            "SELECT ordinal, key FROM dedup.before_images WHERE run_id = $1 AND target_id = $2 AND action = 'delete' \
                  AND ($3::pg_catalog.text IS NULL OR chunk_id = $3)",
             &[rollback.run.into(), part.target.id.into(), rollback.chunk.clone().into()],
         );
@@ -344,19 +390,27 @@ fn for_each_replaced(rollback: &Rollback, part: &Part, mut tell: impl FnMut(u64)
             if rows.is_empty() {
                 return Ok(());
             }
-            let keys = rows.map(|row| required(row["key"].value()?)).collect::<Result<Vec<Vec<u8>>>>()?;
+            let (mut images, mut keys): (Vec<u64>, Vec<Vec<u8>>) = Default::default();
+            for row in rows {
+                images.push(required::<i64>(row["ordinal"].value()?)?.cast_unsigned());
+                keys.push(required(row["key"].value()?)?);
+            }
             let keys: Vec<&[u8]> = keys.iter().map(Vec::as_slice).collect();
-            let mut found: Vec<(Digest, Vec<u8>)> = Vec::new();
+            let (mut found, mut at): (Vec<(Digest, Vec<u8>)>, Vec<usize>) = Default::default();
             let Target { table, layout, key_types, .. } = &part.target;
-            rows_under(Reading::Latest, *table, layout, key_types, &keys, |_, row| {
+            rows_under(Reading::Latest, *table, layout, key_types, &keys, |n, row| {
                 let mut key = Vec::new();
                 row.write_key(&mut key)?;
                 found.push((row.digests()?.content, key));
+                at.push(n);
                 Ok(())
             })?;
-            for owner in lookup::owners(part.target.id, &found)?.into_iter().flatten() {
-                if !part.has(owner.ordinal) && owner.ordinal > part.oldest() {
-                    tell(owner.ordinal);
+            for (owner, n) in lookup::owners(part.target.id, &found)?.into_iter().zip(at) {
+                if let Some(owner) = owner
+                    && !part.has(owner.ordinal)
+                    && owner.ordinal > part.oldest()
+                {
+                    tell(owner.ordinal, subject(images[n], keys[n]));
                 }
             }
         }

@@ -5,7 +5,7 @@ use pg_dedup_record::block::{Entry, Stamp};
 use pg_dedup_record::digest::Digest;
 use pgrx::prelude::*;
 
-use super::dependents::{Fate, scale, walk};
+use super::dependents::{Fate, images_of_others, scale, walk};
 use super::{Part, Rollback};
 use crate::error::Result;
 use crate::keyset::hash_of;
@@ -94,26 +94,27 @@ pub fn hand_over(rollback: &Rollback, part: &Part) -> Result<HandedOver> {
     Ok(handed_over)
 }
 
-/// Of the rows that replaced one, [`subject`] of those that are kept. What they replaced does not come back: another row with that content may have to be
-/// kept for want of it, which may have replaced a row, too.
+/// [`subject`] of the before images that don't come back: of rows that are kept, and of rows that others changed since. Another row with such a content may
+/// have to be kept for want of it, which may have replaced a row, too.
 fn kept_images(
     rollback: &Rollback,
     part: &Part,
     entries: usize,
     images: &HashSet<u64>,
 ) -> Result<HashSet<u64>> {
-    let mut kept = HashSet::new();
+    if images.is_empty() {
+        return Ok(HashSet::new());
+    }
+    let mut kept = images_of_others(rollback, part)?;
     loop {
         let mut more = HashSet::new();
-        if !images.is_empty() {
-            walk(rollback, part, entries, &kept, |_, place, fate| {
-                let subject = subject(place.ordinal, &place.key);
-                if matches!(fate, Fate::Rested(_)) && images.contains(&subject) {
-                    more.insert(subject);
-                }
-                Ok(())
-            })?;
-        }
+        walk(rollback, part, entries, &kept, |_, place, fate| {
+            let subject = subject(place.ordinal, &place.key);
+            if matches!(fate, Fate::Rested(_)) && images.contains(&subject) {
+                more.insert(subject);
+            }
+            Ok(())
+        })?;
         if more.is_subset(&kept) {
             return Ok(kept);
         }

@@ -106,7 +106,9 @@ pub fn look<'a>(step: &Step, done: &'a Done) -> Result<Option<(Plan<'a>, Finding
     }
     let others = others(step.run, step.only_chunk.as_deref(), &known)?;
     let rewritten = if step.overwritten { rewritten(step, done)? } else { HashSet::new() };
-    let mut judge = Judge { step, others, plan: Plan::default(), findings: Findings::default() };
+    let removed_again = if step.overwritten { removed_again(step, done)? } else { HashMap::new() };
+    let mut judge =
+        Judge { step, others, removed_again, plan: Plan::default(), findings: Findings::default() };
     for (n, key) in keys.iter().enumerate() {
         let row = found[n].as_ref();
         let next = next.get(*key);
@@ -125,10 +127,21 @@ pub fn look<'a>(step: &Step, done: &'a Done) -> Result<Option<(Plan<'a>, Finding
 type Said = (u64, bool);
 
 /// Of the rows written those that stood there before, by what stays of the index: somebody took them away or changed them, and the finish, of a repair,
-/// wrote them again. They are whose they were.
+/// wrote them again. They are whose they were, unless what they replaced is a row of a finish that stays.
 fn rewritten(step: &Step, done: &Done) -> Result<HashSet<usize>> {
-    let is_again =
-        |written: &Written| written.replaced.as_ref().is_none_or(|image| image.content != written.content);
+    let replaced: Vec<(Digest, Vec<u8>)> = done
+        .written
+        .iter()
+        .filter_map(|written| written.replaced.as_ref())
+        .map(|image| (image.content, image.key.clone()))
+        .collect();
+    let theirs = places_of_others(step, &replaced)?;
+    let is_again = |written: &Written| {
+        let replaced = written.replaced.as_ref();
+        replaced.is_none_or(|image| {
+            image.content != written.content && !theirs.contains(&(image.content, image.key.clone()))
+        })
+    };
     let (digests, wanted) = lookup::distinct(done.written.iter().filter(|w| is_again(w)).map(|w| w.content));
     // Of each place all that was said before.
     let mut said: HashMap<(Digest, Vec<u8>), Vec<Said>> = HashMap::new();
@@ -148,6 +161,57 @@ fn rewritten(step: &Step, done: &Done) -> Result<HashSet<usize>> {
     Ok((0..done.written.len()).filter(|&n| is_again(&done.written[n]) && stood(&done.written[n])).collect())
 }
 
+/// Of the rows removed those that another run, which stays, removed again since, and by which finish first.
+fn removed_again<'s>(step: &Step, done: &'s Done) -> Result<HashMap<(Digest, &'s [u8]), u64>> {
+    let asked: HashMap<(Digest, &[u8]), &'s [u8]> =
+        done.removed.iter().map(|i| ((i.content, i.key.as_slice()), i.key.as_slice())).collect();
+    let (digests, wanted) = lookup::distinct(done.removed.iter().map(|image| image.content));
+    let mut said: Vec<(u64, (Digest, &'s [u8]))> = Vec::new();
+    lookup::for_each_hit(
+        step.target.id,
+        &digests,
+        &wanted,
+        step.ordinal.cast_signed(),
+        &Snapshot::latest(),
+        |_, entry| {
+            if entry.stamp.tombstone
+                && entry.stamp.ordinal > step.ordinal
+                && let Some(&key) = asked.get(&(entry.digest, entry.key))
+            {
+                said.push((entry.stamp.ordinal, (entry.digest, key)));
+            }
+            Ok(ControlFlow::Continue(()))
+        },
+    )?;
+    let others =
+        others(step.run, step.only_chunk.as_deref(), &said.iter().map(|(ordinal, _)| *ordinal).collect())?;
+    said.retain(|(ordinal, _)| others.contains(ordinal));
+    // The earliest of a place is entered last.
+    said.sort_unstable_by_key(|(ordinal, _)| std::cmp::Reverse(*ordinal));
+    Ok(said.into_iter().map(|(ordinal, place)| (place, ordinal)).collect())
+}
+
+/// Those of these places, contents under keys, that a finish of another run has, as it would be without this one.
+fn places_of_others(step: &Step, places: &[(Digest, Vec<u8>)]) -> Result<HashSet<(Digest, Vec<u8>)>> {
+    let (digests, wanted) = lookup::distinct(places.iter().map(|(content, _)| *content));
+    let asked: HashSet<(Digest, &[u8])> =
+        places.iter().map(|(content, key)| (*content, key.as_slice())).collect();
+    let mut said: HashMap<(Digest, Vec<u8>), Vec<Said>> = HashMap::new();
+    lookup::for_each_hit(step.target.id, &digests, &wanted, 0, &Snapshot::latest(), |_, entry| {
+        if asked.contains(&(entry.digest, entry.key)) && entry.stamp.ordinal != step.ordinal {
+            let place = said.entry((entry.digest, entry.key.to_vec())).or_default();
+            place.push((entry.stamp.ordinal, !entry.stamp.tombstone));
+        }
+        Ok(ControlFlow::Continue(()))
+    })?;
+    let ordinals = said.values().flatten().map(|(ordinal, _)| *ordinal).collect();
+    let others = others(step.run, step.only_chunk.as_deref(), &ordinals)?;
+    said.retain(|_, said| {
+        said.iter().filter(|(ordinal, _)| others.contains(ordinal)).max().is_some_and(|(_, stands)| *stands)
+    });
+    Ok(said.into_keys().collect())
+}
+
 /// Whether a row looks as the finish wrote it.
 fn is_written(done: &Done, n: usize, row: Option<&Row>) -> bool {
     done.written.get(n).zip(row).is_some_and(|(written, row)| row.digests.row.short() == written.row_digest)
@@ -158,6 +222,8 @@ struct Judge<'a, 's> {
     step: &'s Step,
     /// Finishes of other runs that stand.
     others: HashSet<u64>,
+    /// Rows that another run removed again after the finish, and by which finish.
+    removed_again: HashMap<(Digest, &'s [u8]), u64>,
     plan: Plan<'a>,
     findings: Findings,
 }
@@ -216,18 +282,28 @@ impl<'a> Judge<'a, '_> {
                 let next_ordinal = next.map_or(0, |next| next.ordinal);
                 let first = first_after(self.step, &image.key, next, next_ordinal)?;
                 if self.step.forced && first != next_ordinal && !has_image(&image.key, first)? {
-                    self.findings.tombstones.push(give_image(self.step, &image.key, first)?);
+                    self.findings.tombstones.push(give_image(self.step, &image.key, first, "update")?);
                 } else {
                     self.leave(&image.key, Some(image), None, row, theirs, Reason::Gone);
                 }
             }
+            // Whoever wrote it anew is gone, and who removed that one removes this one.
+            None if let Some(&by) = self.removed_again.get(&(image.content, image.key.as_slice()))
+                && !has_image(&image.key, by)? =>
+            {
+                give_image(self.step, &image.key, by, "delete")?;
+            }
             None if removed || self.step.forced => self.plan.insert.push(&image.key),
+            // Somebody wrote it again, and nobody else has it.
+            Some(row) if removed && !theirs && row.digests.content == image.content => {
+                self.plan.update.push(&image.key);
+            }
             Some(row) if theirs && self.step.forced => {
                 let first = first_after(self.step, &image.key, next, row.owner.unwrap_or_default())?;
                 if has_image(&image.key, first)? {
                     self.leave(&image.key, Some(image), None, Some(row), theirs, Reason::Occupied);
                 } else {
-                    self.findings.tombstones.push(give_image(self.step, &image.key, first)?);
+                    self.findings.tombstones.push(give_image(self.step, &image.key, first, "update")?);
                 }
             }
             Some(row) if self.step.forced => {
@@ -362,13 +438,14 @@ fn has_image(key: &[u8], ordinal: u64) -> Result<bool> {
     )?)
 }
 
-/// Another run wrote a row where the finish had removed one: it replaced what stood there before. Returns what it took away then.
-fn give_image(step: &Step, key: &[u8], owner: u64) -> Result<(Digest, u64, Vec<u8>)> {
+/// Another run wrote a row where the finish had removed one, or removed one that was written anew: it replaced, or removed, what stood there before. Returns
+/// what it took away then.
+fn give_image(step: &Step, key: &[u8], owner: u64, action: &str) -> Result<(Digest, u64, Vec<u8>)> {
     let before = Spi::get_one_with_args::<Vec<u8>>(
         "INSERT INTO dedup.before_images (ordinal, target_id, run_id, chunk_id, action, key, content_hash, image, other_columns, layout_ordinal) \
-         SELECT o.ordinal, b.target_id, o.run_id, o.chunk_id, 'update', b.key, b.content_hash, b.image, b.other_columns, coalesce(b.layout_ordinal, b.ordinal) \
+         SELECT o.ordinal, b.target_id, o.run_id, o.chunk_id, $4, b.key, b.content_hash, b.image, b.other_columns, coalesce(b.layout_ordinal, b.ordinal) \
          FROM dedup.before_images AS b, dedup.ordinals AS o WHERE b.ordinal = $1 AND b.key = $2 AND o.ordinal = $3 RETURNING content_hash",
-        &[step.ordinal.cast_signed().into(), key.to_vec().into(), owner.cast_signed().into()],
+        &[step.ordinal.cast_signed().into(), key.to_vec().into(), owner.cast_signed().into(), action.into()],
     )?;
     Ok((stored_digest(before)?, owner, key.to_vec()))
 }

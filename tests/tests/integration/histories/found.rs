@@ -4,7 +4,6 @@ use super::plays;
 
 /// A run removes a row that another had replaced, and keeps its record's content in a second row of that one's. What the second row's content had before it
 /// does not come back in the first one's place: the second one has to stay.
-#[ignore = "the content is taken away with the second row"]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_row_whose_image_another_run_has_does_not_come_back() {
     plays(
@@ -36,7 +35,6 @@ async fn a_row_found_unchanged_before_it_was_changed() {
 }
 
 /// A row that was removed, written again and removed again: it does not come back as long as who removed it last stands, though who wrote it is taken back.
-#[ignore = "the row comes back, and the index does not know it"]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_row_removed_twice_whose_writer_is_taken_back() {
     plays(
@@ -55,7 +53,6 @@ async fn a_row_removed_twice_whose_writer_is_taken_back() {
 
 /// A row that a run found unchanged was changed by a second run and is made what it had been by a third: the first rests on it no more, and the third's
 /// rollback gives the second its row back.
-#[ignore = "the row is kept for who found an earlier one unchanged"]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_row_that_is_again_what_was_found_unchanged() {
     plays(
@@ -71,7 +68,6 @@ async fn a_row_that_is_again_what_was_found_unchanged() {
 }
 
 /// A chunk removed a row and, done again, wrote what had stood there before: its run's rollback leaves neither an image nor a row behind.
-#[ignore = "an image is left over"]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_row_removed_and_written_again_by_one_run() {
     plays(
@@ -116,7 +112,6 @@ async fn a_row_that_was_kept_gives_way_to_a_repair() {
 }
 
 /// What a run wrote over another's row is not an earlier run's row once more, though it has that one's content: the other's row comes back.
-#[ignore = "the row is left, and the index names one that is not there"]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_row_written_over_another_runs_with_an_earlier_content() {
     plays(
