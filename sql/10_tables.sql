@@ -364,9 +364,11 @@ CREATE TABLE dedup.before_images (
     image            bytea NOT NULL,
     other_columns    jsonb,
     layout_ordinal   bigint,
+    heir             bigint,
     PRIMARY KEY (ordinal, key)
 );
 CREATE INDEX before_images_run ON dedup.before_images (run_id, chunk_id);
+CREATE INDEX before_images_heir ON dedup.before_images (heir) WHERE heir IS NOT NULL;
 COMMENT ON TABLE  dedup.before_images IS 'rows as they were before an upsert changed or removed them';
 COMMENT ON COLUMN dedup.before_images.ordinal IS 'of the chunk that changed the row; newest is restored first';
 COMMENT ON COLUMN dedup.before_images.target_id IS 'the target, in dedup.targets';
@@ -378,6 +380,7 @@ COMMENT ON COLUMN dedup.before_images.action IS 'what was done to the row: updat
 COMMENT ON COLUMN dedup.before_images.image IS 'the row as one binary COPY tuple in layout order';
 COMMENT ON COLUMN dedup.before_images.other_columns IS 'of a removed row the columns that the run does not deliver, by name, as text; null: there are none';
 COMMENT ON COLUMN dedup.before_images.layout_ordinal IS 'where the image came over from a run that was rolled back: an ordinal of whoever has its columns; null: the ordinal''s own';
+COMMENT ON COLUMN dedup.before_images.heir IS 'where whoever wrote the row was rolled back: the ordinal of a finish that had found it unchanged, whose it is when it comes back';
 
 -- ---------------------------------------------------------------------------------------------------------
 CREATE TABLE dedup.unchanged_rows (

@@ -34,6 +34,13 @@ pub enum Fate {
     Goes,
     /// The finish with this ordinal, which stays, changed the row.
     Overwritten(u64),
+    /// As [`Fate::Overwritten`], and the finish `heir`, which stays, too, had found the row unchanged before.
+    Awaited {
+        /// Who changed the row.
+        by: u64,
+        /// Whose it is if it comes back.
+        heir: u64,
+    },
     /// Records of the finish with this ordinal, which stays, rest on the row.
     Rested(u64),
 }
@@ -93,6 +100,17 @@ impl Interests {
         (row == sought && !taken(ordinal)).then_some(ordinal)
     }
 
+    /// Who found this row unchanged, last, after one finish and before another.
+    fn found_between(&self, content: &Digest, key: &[u8], after: u64, before: u64) -> Option<u64> {
+        if self.by_row.is_empty() {
+            return None;
+        }
+        let sought = rested_on(content, key);
+        let end = self.by_row.partition_point(|found| *found < (sought, before));
+        let (row, ordinal) = *self.by_row[..end].last()?;
+        (row == sought && ordinal > after).then_some(ordinal)
+    }
+
     /// What becomes of the entries of one content that leave; `said` is all that the index says about it, by ordinal. A row in the place of one with
     /// this content may be `kept`, [`subject`] of its entry: then this one does not come back.
     fn judge(
@@ -118,7 +136,13 @@ impl Interests {
             let next = said[at + 1..].iter().find(|p| p.key == place.key && p.ordinal > place.ordinal);
             let fate = match next {
                 Some(next) if leaves(next.ordinal) => Fate::Goes,
-                Some(next) => Fate::Overwritten(next.ordinal),
+                Some(next) => {
+                    let heir = self.found_between(content, &place.key, place.ordinal, next.ordinal);
+                    heir.map_or(Fate::Overwritten(next.ordinal), |heir| Fate::Awaited {
+                        by: next.ordinal,
+                        heir,
+                    })
+                }
                 None => {
                     let by_content = if stays.is_empty() { sought.take() } else { None };
                     // What stood there with the same content stands there again.
@@ -270,7 +294,9 @@ pub fn refuse(rollback: &Rollback, parts: &[Part]) -> Result<()> {
             walk(rollback, part, entries, &HashSet::new(), |_, _, fate| {
                 match fate {
                     Fate::Goes => {}
-                    Fate::Overwritten(by) => *overwritten.entry(by).or_default() += 1,
+                    Fate::Overwritten(by) | Fate::Awaited { by, .. } => {
+                        *overwritten.entry(by).or_default() += 1
+                    }
                     Fate::Rested(by) => *rested.entry(by).or_default() += 1,
                 }
                 Ok(())
@@ -511,6 +537,27 @@ mod tests {
         // Other columns changed, the content did not.
         let said = [place(1, false, 1), place(3, false, 1)];
         assert_eq!(fates(&Interests::default(), &said, &[1]), [(1, Fate::Overwritten(3))]);
+    }
+
+    #[test]
+    fn rows_found_unchanged_and_changed_then_are_awaited() {
+        let by_row = vec![(rested_on(&Digest([7; 32]), &[1]), 2), (rested_on(&Digest([7; 32]), &[1]), 3)];
+        let interests = Interests { by_content: HashMap::new(), by_row };
+        let said = [place(1, false, 1), place(4, true, 1)];
+        assert_eq!(fates(&interests, &said, &[1]), [(1, Fate::Awaited { by: 4, heir: 3 })]);
+        // Not those who found one before it, or after it was changed.
+        let said = [place(5, false, 1), place(6, true, 1)];
+        assert_eq!(fates(&interests, &said, &[5]), [(5, Fate::Overwritten(6))]);
+        let said = [place(1, false, 1), place(2, true, 1)];
+        assert_eq!(fates(&interests, &said, &[1]), [(1, Fate::Overwritten(2))]);
+    }
+
+    #[test]
+    fn rows_found_unchanged_before_they_were_taken_away_are_not_rested_on() {
+        let by_row = vec![(rested_on(&Digest([7; 32]), &[1]), 6)];
+        let interests = Interests { by_content: HashMap::new(), by_row };
+        let said = [place(1, false, 1), place(8, true, 1), place(9, false, 1)];
+        assert_eq!(fates(&interests, &said, &[9]), [(9, Fate::Goes)]);
     }
 
     #[test]

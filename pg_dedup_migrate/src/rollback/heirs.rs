@@ -5,6 +5,7 @@ use pg_dedup_record::block::{Entry, Stamp};
 use pg_dedup_record::digest::Digest;
 use pgrx::prelude::*;
 
+use super::awaited::{self, Awaited};
 use super::dependents::{Fate, images_of_others, scale, walk};
 use super::{Part, Rollback};
 use crate::error::Result;
@@ -23,6 +24,8 @@ pub struct HandedOver {
     pub ordinals: HashMap<u64, u64>,
     /// [`subject`] of those that replaced a row.
     pub replaced: HashSet<u64>,
+    /// [`subject`] of entries that go with their writer though their rows may come back.
+    pub awaited: HashSet<u64>,
 }
 
 /// Whom a row is kept for, and who wrote it: rows of one such pair stand under one new ordinal.
@@ -45,6 +48,7 @@ pub fn hand_over(rollback: &Rollback, part: &Part) -> Result<HandedOver> {
     let mut writer = SegmentWriter::new(&blocks, part.target.id, 0)?;
     let mut ordinals: HashMap<Heritage, (u64, i64)> = HashMap::new();
     let mut moved: Vec<Moved> = Vec::new();
+    let mut awaited: Vec<Awaited> = Vec::new();
     // Of one content: entries are written in order.
     let mut pending: Vec<(Digest, u64, Place)> = Vec::new();
     let mut flush = |pending: &mut Vec<(Digest, u64, Place)>| -> Result<()> {
@@ -57,7 +61,15 @@ pub fn hand_over(rollback: &Rollback, part: &Part) -> Result<HandedOver> {
     };
     let kept = kept_images(rollback, part, entries, &images)?;
     walk(rollback, part, entries, &kept, |digest, place, fate| {
-        let Fate::Rested(heir) = fate else { return Ok(()) };
+        let heir = match fate {
+            Fate::Rested(heir) => heir,
+            Fate::Awaited { by, heir } => {
+                let key = place.key.clone();
+                awaited.push(Awaited { writer: place.ordinal, by, heir, key, content: *digest });
+                return Ok(());
+            }
+            Fate::Goes | Fate::Overwritten(_) => return Ok(()),
+        };
         if pending.last().is_some_and(|(last, ..)| last != digest) {
             flush(&mut pending)?;
         }
@@ -67,7 +79,7 @@ pub fn hand_over(rollback: &Rollback, part: &Part) -> Result<HandedOver> {
                 *known
             }
             None => {
-                let ordinal = inherited_ordinal(heir, place.ordinal)?;
+                let ordinal = inherited_ordinal(heir, place.ordinal, 0)?;
                 ordinals.insert((heir, place.ordinal), (ordinal, 1));
                 ordinal
             }
@@ -88,6 +100,12 @@ pub fn hand_over(rollback: &Rollback, part: &Part) -> Result<HandedOver> {
             &[ordinal.cast_signed().into(), rows.into()],
         )?;
         handed_over.ordinals.insert(ordinal, writer);
+    }
+    for row in awaited::enter(awaited)? {
+        if images.contains(&subject(row.writer, &row.key)) {
+            moved.push(row.image());
+        }
+        handed_over.awaited.insert(subject(row.writer, &row.key));
     }
     let tombstones = move_images(&moved)?;
     segment::write_tombstones(part.target.id, tombstones)?;
@@ -152,27 +170,32 @@ pub fn keys_with_images(rollback: &Rollback, part: &Part) -> Result<HashSet<u64>
     })
 }
 
-/// An ordinal of the heir's chunk for rows that `writer` wrote; it remembers whose columns their row digests are about.
-fn inherited_ordinal(heir: u64, writer: u64) -> Result<u64> {
+/// An ordinal of the heir's chunk for so many rows that `writer` wrote; it remembers whose columns their row digests are about.
+///
+/// # Errors
+/// SPI's own.
+pub fn inherited_ordinal(heir: u64, writer: u64, rows: i64) -> Result<u64> {
     let ordinal = next_number("ordinal_seq")?;
     Spi::run_with_args(
-        "INSERT INTO dedup.ordinals (ordinal, target_id, run_id, chunk_id, pass, heir_of, heir_table) \
-         SELECT $1, h.target_id, h.run_id, h.chunk_id, 0, coalesce(w.heir_of, w.run_id), coalesce(w.heir_table, c.table_id) \
+        "INSERT INTO dedup.ordinals (ordinal, target_id, run_id, chunk_id, pass, heir_of, heir_table, heir_rows) \
+         SELECT $1, h.target_id, h.run_id, h.chunk_id, 0, coalesce(w.heir_of, w.run_id), coalesce(w.heir_table, c.table_id), $4 \
          FROM dedup.ordinals AS h, dedup.ordinals AS w LEFT JOIN dedup.checkpoints AS c ON c.run_id = w.run_id AND c.chunk_id = w.chunk_id \
          WHERE h.ordinal = $2 AND w.ordinal = $3",
-        &[ordinal.into(), heir.cast_signed().into(), writer.cast_signed().into()],
+        &[ordinal.into(), heir.cast_signed().into(), writer.cast_signed().into(), rows.into()],
     )?;
     Ok(ordinal.cast_unsigned())
 }
 
 /// A row with a before image that is handed over.
-struct Moved {
+pub struct Moved {
     /// The ordinal that it was written under.
-    from: u64,
+    pub from: u64,
     /// The ordinal that it stands under now.
-    to: u64,
-    key: Vec<u8>,
-    content: Digest,
+    pub to: u64,
+    /// Its key.
+    pub key: Vec<u8>,
+    /// Its content.
+    pub content: Digest,
 }
 
 /// Before images go with the rows they belong to; returns what these held before, and hold no more: (content, ordinal, key).

@@ -34,7 +34,7 @@ pub fn split(part: &Part, handed_over: &HandedOver) -> Result<()> {
         .into_iter()
         .filter(|s| {
             let is_one = s.first_ordinal == s.last_ordinal;
-            part.overlaps(s) && !(is_one && inherited.is_empty())
+            part.overlaps(s) && !(is_one && inherited.is_empty() && handed_over.awaited.is_empty())
         })
         .collect();
     for segment in &mixed {
@@ -90,7 +90,8 @@ fn take_apart(
     Ok(())
 }
 
-/// Whether an entry was handed over: another of its content and key was made of it, or of a later one whose row was written where none was left.
+/// Whether an entry was handed over: another of its content and key was made of it, or of a later one whose row was written where none was left, or will be
+/// when its row comes back.
 pub fn is_handed_over(place: &Place, said: &[Place], handed_over: &HandedOver) -> bool {
     let is_made_of_it = |heir: &Place| {
         handed_over.ordinals.get(&heir.ordinal).is_some_and(|&writer| {
@@ -98,7 +99,9 @@ pub fn is_handed_over(place: &Place, said: &[Place], handed_over: &HandedOver) -
                 || writer > place.ordinal && !handed_over.replaced.contains(&subject(heir.ordinal, &heir.key))
         })
     };
-    !place.tombstone && said.iter().any(|p| p.key == place.key && is_made_of_it(p))
+    !place.tombstone
+        && (handed_over.awaited.contains(&subject(place.ordinal, &place.key))
+            || said.iter().any(|p| p.key == place.key && is_made_of_it(p)))
 }
 
 fn entry<'a>(digest: &Digest, place: &'a Place) -> Entry<'a> {

@@ -13,6 +13,7 @@
 //! Undoing a finish is its exact inverse: rows it inserted are deleted, rows it changed or removed get their before image back, its entries and
 //! tombstones leave the index, which says then what it said before. So several finishes that touched one row are undone newest first, and whoever
 //! finds that a newer one has not been undone yet comes back later.
+mod awaited;
 mod dependents;
 mod heirs;
 mod keyless;

@@ -7,6 +7,7 @@ use pg_dedup_record::digest::Digest;
 use pgrx::prelude::*;
 
 use super::Undone;
+use super::awaited;
 use super::look::{Alone, Findings, look};
 use super::restore::restore;
 use super::step::{Done, Plan, Step, Written};
@@ -29,6 +30,7 @@ use crate::sql::required;
 /// # Errors
 /// As `dedup.undo_ordinal`.
 pub fn undo(step: &Step, careful: bool) -> Result<Option<Undone>> {
+    awaited::give_up(step)?;
     let snapshot = Snapshot::latest();
     let segments = step.segments(&snapshot)?;
     let done = Done::load(step, &segments, &snapshot)?;
@@ -40,6 +42,7 @@ pub fn undo(step: &Step, careful: bool) -> Result<Option<Undone>> {
     };
     let deleted = delete(step, &plan.delete)?;
     let restored = restore(step, &plan)?;
+    awaited::hand_over(step, &plan)?;
     forget(step, &segments, &findings)?;
     Ok(Some(Undone { deleted, restored, left_alone: findings.alone.len() as i64 }))
 }

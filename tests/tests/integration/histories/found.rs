@@ -19,7 +19,6 @@ async fn a_row_whose_image_another_run_has_does_not_come_back() {
 }
 
 /// A run found a row unchanged, the next changed it. When the row's writer is taken back first, the row comes back with the last one's rollback all the same.
-#[ignore = "the before image goes with the row's writer"]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_row_found_unchanged_before_it_was_changed() {
     plays(
