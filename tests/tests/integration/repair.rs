@@ -881,3 +881,25 @@ async fn a_row_in_the_place_of_one_in_quarantine() {
     let rows = db.column("SELECT t::text FROM public.items AS t ORDER BY id").await;
     assert_eq!(rows, ["(1,mine)", "(2,good)"]);
 }
+
+/// A row under the key of a record that was set aside may have the content of a record that is missing: it is somebody's copy, the record gets its own row.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_missing_record_in_the_place_of_one_in_quarantine() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    pair.source.exec("CREATE TABLE public.items (id int PRIMARY KEY, body text); INSERT INTO public.items VALUES (1, 'bad'), (2, 'good'), (3, 'other'); ANALYZE public.items").await;
+    db.exec(
+        "CREATE TABLE public.items (id int PRIMARY KEY, body text CONSTRAINT good CHECK (body <> 'bad'))",
+    )
+    .await;
+    pair.run(&["public.items"])
+        .args(&["--content-columns", "public.items:body"])
+        .exits(exit::LEFT_ASIDE)
+        .await;
+    db.exec("DELETE FROM public.items WHERE id = 2; INSERT INTO public.items VALUES (1, 'good')").await;
+    pair.reconcile().exits(exit::HALTED).await;
+    pair.repair().exits(exit::LEFT_ASIDE).await;
+    let rows = db.column("SELECT t::text FROM public.items AS t ORDER BY id").await;
+    assert_eq!(rows, ["(1,good)", "(2,good)", "(3,other)"]);
+    pair.reconcile().exits(exit::LEFT_ASIDE).await;
+}
