@@ -233,13 +233,16 @@ LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
 $$;
 COMMENT ON FUNCTION dedup.other_sessions() IS 'client sessions that were active within two seconds and are none of this tool''s';
 
+-- What receives WAL and replays none (pg_receivewal) is no standby. One that is frozen tells no lag: how far it is behind is seen by the bytes.
 CREATE FUNCTION dedup.replication_lag() RETURNS jsonb
 LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
     SELECT CASE WHEN count(*) = 0 THEN NULL
                 WHEN bool_or(s.state IS NULL) THEN '{"unknown": "standbys may not be seen; GRANT pg_monitor"}'
                 WHEN bool_or(s.state = 'catchup') THEN '{"bad": "a standby is catching up"}'
+                WHEN max(s.behind) > max(s.much) THEN jsonb_build_object('bad', format('a standby is %s behind', pg_size_pretty(max(s.behind))))
                 ELSE to_jsonb(coalesce(max(extract(epoch FROM s.replay_lag)), 0)::float8) END
-    FROM pg_stat_replication AS s WHERE s.state IS NULL OR s.state IN ('streaming', 'catchup')
+    FROM (SELECT r.state, r.replay_lag, pg_wal_lsn_diff(pg_current_wal_insert_lsn(), r.replay_lsn) AS behind, pg_size_bytes(current_setting('max_wal_size')) / 8 AS much
+          FROM pg_stat_replication AS r WHERE r.state IS NULL OR r.state IN ('streaming', 'catchup') AND r.replay_lsn IS NOT NULL) AS s
 $$;
 COMMENT ON FUNCTION dedup.replication_lag() IS 'seconds that the slowest standby replays behind; null: there is none';
 
@@ -250,11 +253,13 @@ LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
     archived AS (
         -- Name of a segment: timeline, then two numbers whose digits are the segment's.
         SELECT (('x' || substr(a.last_archived_wal, 9, 8))::bit(32)::bigint * (4294967296 / h.segment) + ('x' || substr(a.last_archived_wal, 17, 8))::bit(32)::bigint) * h.segment AS position
-        FROM pg_stat_archiver AS a CROSS JOIN here AS h WHERE current_setting('archive_mode') <> 'off' AND a.last_archived_wal ~ '^[0-9A-F]{24}$'
+        FROM pg_stat_archiver AS a CROSS JOIN here AS h WHERE current_setting('archive_mode') <> 'off' AND a.last_archived_wal ~ '^[0-9A-F]{24}'
     ), kept AS (
         SELECT greatest(0, (SELECT max(pg_wal_lsn_diff(h.lsn, s.restart_lsn)) FROM pg_replication_slots AS s), (SELECT pg_wal_lsn_diff(h.lsn, '0/0') - a.position FROM archived AS a))::float8 AS bytes FROM here AS h
     )
-    SELECT to_jsonb(round((k.bytes / greatest(1, k.bytes + (SELECT min(d.free_bytes) FROM dedup.disk_space() AS d WHERE d.place = 'pg_wal')))::numeric, 6)) FROM kept AS k
+    SELECT CASE WHEN current_setting('archive_mode') <> 'off' AND (SELECT a.failed_count > 0 AND a.last_archived_wal IS NULL FROM pg_stat_archiver AS a)
+        THEN '{"unknown": "the archiver fails, and nobody knows what it archived last"}'
+        ELSE to_jsonb(round((k.bytes / greatest(1, k.bytes + (SELECT min(d.free_bytes) FROM dedup.disk_space() AS d WHERE d.place = 'pg_wal')))::numeric, 6)) END FROM kept AS k
 $$;
 COMMENT ON FUNCTION dedup.wal_kept() IS 'WAL that replication slots or the archiver keep, as a part of itself and the room that is left on its disk';
 

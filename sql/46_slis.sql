@@ -1,13 +1,15 @@
 -- How fast a run goes and how well: what dedup.slis shows and the alerts go by. docs/operations.md explains them.
 
--- Of the attempts that ended in the last ten minutes. Those that waited for others, for room on a disk, or were interrupted, have not failed.
+-- Of the attempts that ended in the last ten minutes. Those that waited for others, for room on a disk, or were interrupted, have not failed; nor have those
+-- whose connection was lost: a restart or a failover takes it from all that are in flight. They burn an attempt each all the same.
 CREATE FUNCTION dedup.chunk_attempts(run uuid, OUT ended bigint, OUT failed bigint) RETURNS record
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT f.failed + (SELECT count(*) FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.written_at > w.since), f.failed
     FROM (SELECT greatest(clock_timestamp() - interval '10 min', r.running_since) AS since FROM dedup.runs AS r WHERE r.run_id = run) AS w
     CROSS JOIN LATERAL (SELECT count(*) AS failed FROM dedup.events AS e
                         WHERE e.run_id = run AND e.at > w.since AND e.kind IN ('chunk_failed', 'chunk_retried', 'lease_expired')
-                            AND NOT coalesce((e.detail ->> 'free')::bool, false)) AS f
+                            AND NOT coalesce((e.detail ->> 'free')::bool, false)
+                            AND (e.kind <> 'chunk_retried' OR e.detail ->> 'sqlstate' !~ '^(08|57P0[123]$)')) AS f
 $$;
 COMMENT ON FUNCTION dedup.chunk_attempts(uuid) IS 'attempts at chunks that ended in the last ten minutes, or since the run is running, and those of them that failed';
 

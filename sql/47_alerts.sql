@@ -99,6 +99,14 @@ BEGIN
         END IF;
     END IF;
 
+    kind := 'failed'; severity := 'P1'; threshold := NULL;
+    IF r.status = 'failed' THEN
+        SELECT count(*) INTO value FROM dedup.checkpoints AS c WHERE c.run_id = run AND c.status = 'failed';
+        message := format('the run ended with %s failed chunks', value);
+        look_at := format('SELECT chunk_id, error_sqlstate, error_message, error_hint FROM dedup.checkpoints WHERE run_id = %L AND status = ''failed''; then resume the run', run);
+        RETURN NEXT;
+    END IF;
+
     kind := 'worker_lost'; severity := 'P2';
     SELECT * INTO silence FROM dedup.silent_leases(run);
     value := silence.silent_seconds; threshold := NULL;
@@ -192,7 +200,7 @@ SELECT a.severity, a.kind, a.run_id, r.name, a.since, a.message, a.look_at, a.va
 FROM dedup.alert_log AS a JOIN dedup.runs AS r USING (run_id) WHERE a.cleared_at IS NULL;
 COMMENT ON VIEW dedup.alerts IS 'alerts that fire, as dedup.check_alerts last found them';
 COMMENT ON COLUMN dedup.alerts.severity IS 'P1 (now) or P2 (today)';
-COMMENT ON COLUMN dedup.alerts.kind IS 'mismatches, disk_full, disk_headroom, disk_unknown, throughput, deadline, failing, chunk_failures, worker_lost, filter_overfull or unchecked';
+COMMENT ON COLUMN dedup.alerts.kind IS 'mismatches, disk_full, disk_headroom, disk_unknown, throughput, deadline, failed, failing, chunk_failures, worker_lost, filter_overfull or unchecked';
 COMMENT ON COLUMN dedup.alerts.run_id IS 'the run';
 COMMENT ON COLUMN dedup.alerts.name IS 'its name';
 COMMENT ON COLUMN dedup.alerts.since IS 'when it was first seen';

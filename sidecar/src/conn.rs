@@ -260,6 +260,10 @@ fn settings(side: Side, role: Role) -> String {
              SET standard_conforming_strings = on;",
         );
     }
+    if side == Side::Target && role == Role::Admin {
+        // Times go through text and back.
+        sql.push_str("SET TimeZone = 'UTC'; SET DateStyle = 'ISO, YMD';");
+    }
     if role == Role::Admin {
         // Type and table names are then qualified wherever they have to be.
         sql.push_str("SET search_path = pg_catalog, pg_temp;");

@@ -159,6 +159,10 @@ impl Error {
         if values_are_safe || !refuses_record(state) {
             told.hint = db.hint().map(str::to_owned);
         }
+        // A prepared statement that is gone, or there twice.
+        if matches!(state, "26000" | "42P05") {
+            told = told.hint(format!("does a connection pooler share sessions? {NO_POOLER}"));
+        }
         if values_are_safe {
             told.source = Some(Box::new(error));
         }
@@ -266,6 +270,9 @@ fn is_io(error: &tokio_postgres::Error) -> bool {
     std::iter::successors(std::error::Error::source(error), |e| e.source())
         .any(|e| e.downcast_ref::<std::io::Error>().is_some())
 }
+
+/// What to do about a pooler.
+pub const NO_POOLER: &str = "connect to the server itself, or use a pool in session mode";
 
 /// Says on which side and while doing what a driver's error happened.
 pub trait At<T> {

@@ -120,7 +120,7 @@ fn as_owner(command: &Command) -> Command {
 }
 
 /// Runs a command as the clusters' owner; panics with its stderr unless it succeeds.
-fn owner_output(command: &Command) -> String {
+pub(crate) fn owner_output(command: &Command) -> String {
     let output = owner_try(command);
     assert!(
         output.status.success(),
@@ -131,7 +131,7 @@ fn owner_output(command: &Command) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-fn owner_try(command: &Command) -> Output {
+pub(crate) fn owner_try(command: &Command) -> Output {
     as_owner(command)
         .stdin(Stdio::null())
         .output()
@@ -152,7 +152,7 @@ fn owner_write(path: &Path, content: &str) {
     assert!(status.success(), "cannot write {}: {status}", path.display());
 }
 
-fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0")
         .and_then(|listener| listener.local_addr())
         .unwrap_or_else(|error| panic!("no free port: {error}"))

@@ -21,5 +21,6 @@ pub mod data;
 pub mod db;
 pub mod http;
 pub mod pair;
+pub mod pooler;
 pub mod protocol;
 pub mod sidecar;

@@ -86,13 +86,14 @@ pub struct Invocation {
     build: Build,
     arguments: Vec<String>,
     environment: BTreeMap<String, String>,
+    in_terminal: bool,
 }
 
 impl Invocation {
     /// `pg-dedup-migrate COMMAND`.
     pub fn new(command: &str) -> Self {
         let arguments = vec![command.to_string()];
-        Invocation { build: Build::Release, arguments, environment: BTreeMap::new() }
+        Invocation { build: Build::Release, arguments, environment: BTreeMap::new(), in_terminal: false }
     }
 
     /// Adds one argument.
@@ -123,6 +124,12 @@ impl Invocation {
         self
     }
 
+    /// Its standard output and error are a terminal's, which come together as [`Output::stdout`]. Arguments have no spaces.
+    pub fn in_terminal(mut self) -> Self {
+        self.in_terminal = true;
+        self
+    }
+
     /// Starts a process that stands still when it reaches a failpoint (`name`, or `name@3`: the third time), and
     /// returns when it does.
     pub async fn stands_at(mut self, failpoint: &str) -> Sidecar {
@@ -142,8 +149,17 @@ impl Invocation {
 
     /// Starts the process.
     pub fn spawn(&self) -> Sidecar {
-        let mut command = Command::new(self.build.path());
-        command.args(&self.arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut command;
+        if self.in_terminal {
+            command = Command::new("script");
+            command.args(["-q", "-e", "-f", "-c", "set -f; exec $COMMAND_LINE", "/dev/null"]);
+            let words = self.arguments.join(" ");
+            command.env("COMMAND_LINE", format!("{} {words}", self.build.path().display()));
+        } else {
+            command = Command::new(self.build.path());
+            command.args(&self.arguments);
+        }
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // What libpq would read from the environment of whoever runs the tests.
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("PG")) {
             command.env_remove(name);

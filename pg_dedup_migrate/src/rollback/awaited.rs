@@ -6,18 +6,19 @@
 //!   heir   ── found it unchanged      taken back: what stood there before the writer becomes the other's image
 //!   other  ── changed it              taken back: the row comes back, with an entry of the heir's
 //! ```
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use pg_dedup_record::block::{Entry, Stamp};
 use pg_dedup_record::digest::Digest;
 use pgrx::prelude::*;
 
-use super::heirs::{Moved, inherited_ordinal, subject};
+use super::heirs::{Moved, inherited_ordinal, move_images, subject};
 use super::step::{Plan, Step, pending};
 use crate::by_key::{Reading, rows_under};
 use crate::chunk;
 use crate::error::Result;
 use crate::index::Target;
+use crate::matching::rested_on;
 use crate::relation::{Access, Table};
 use crate::segment::{self, SegmentWriter};
 use crate::shmem::{self, filter};
@@ -92,7 +93,13 @@ pub fn give_up(step: &Step) -> Result<()> {
     })?;
     // Of the rollback's own finishes the later one is undone first: its image is to be what the earlier one found no more.
     heirs = pending(step, &heirs)?;
-    heirs.insert(step.ordinal);
+    if is_heir(step.ordinal)? {
+        pass_on(step)?;
+        heirs.insert(step.ordinal);
+    }
+    if heirs.is_empty() {
+        return Ok(());
+    }
     let heirs: Vec<i64> = heirs.into_iter().map(u64::cast_signed).collect();
     let taken = Spi::connect_mut(|client| -> Result<Vec<(Digest, u64, Vec<u8>)>> {
         client
@@ -101,7 +108,7 @@ pub fn give_up(step: &Step) -> Result<()> {
                      WHERE n.heir = ANY ($1) AND (n.heir = $2 OR n.ordinal = $2) AND b.ordinal = n.heir AND b.key = n.key \
                      RETURNING n.ordinal AS of, b.key, b.image, b.content_hash, b.other_columns, coalesce(b.layout_ordinal, b.ordinal) AS layout_ordinal) \
                  UPDATE dedup.before_images AS n \
-                 SET image = x.image, content_hash = x.content_hash, other_columns = x.other_columns, layout_ordinal = x.layout_ordinal, heir = NULL \
+                 SET image = x.image, content_hash = x.content_hash, other_columns = coalesce(x.other_columns, n.other_columns), layout_ordinal = x.layout_ordinal, heir = NULL \
                  FROM before AS x WHERE n.ordinal = x.of AND n.key = x.key RETURNING n.content_hash, n.ordinal, n.key",
                 None,
                 &[heirs.clone().into(), ordinal.into()],
@@ -118,6 +125,57 @@ pub fn give_up(step: &Step) -> Result<()> {
     )?;
     let taken = taken.into_iter().filter(|(_, of, _)| *of != step.ordinal).collect();
     segment::write_tombstones(step.target.id, taken)
+}
+
+fn is_heir(ordinal: u64) -> Result<bool> {
+    required(Spi::get_one_with_args(
+        "SELECT EXISTS (SELECT FROM dedup.before_images WHERE heir = $1)",
+        &[ordinal.cast_signed().into()],
+    )?)
+}
+
+/// Others may have found such rows unchanged, too: the last of them is the heir then.
+fn pass_on(step: &Step) -> Result<()> {
+    let mut sought: HashMap<[u8; 16], Awaited> = Spi::connect(|client| -> Result<_> {
+        client
+            .select(
+                "SELECT ordinal, key, content_hash FROM dedup.before_images WHERE heir = $1",
+                None,
+                &[step.ordinal.cast_signed().into()],
+            )?
+            .map(|row| {
+                let by = required::<i64>(row["ordinal"].value()?)?.cast_unsigned();
+                let (key, content): (Vec<u8>, _) =
+                    (required(row["key"].value()?)?, stored_digest(row["content_hash"].value()?)?);
+                Ok((rested_on(&content, &key), Awaited { writer: step.ordinal, by, heir: 0, key, content }))
+            })
+            .collect()
+    })?;
+    Spi::connect(|client| -> Result<()> {
+        let mut cursor = client.open_cursor(
+            "SELECT u.ordinal, u.rows FROM dedup.unchanged_rows AS u JOIN dedup.ordinals AS o USING (ordinal) JOIN dedup.runs AS r USING (run_id) \
+             WHERE o.target_id = $1 AND u.ordinal <> $2 AND r.status OPERATOR(pg_catalog.<>) ALL ('{rolled_back,rolling_back}') ORDER BY u.ordinal",
+            &[step.target.id.into(), step.ordinal.cast_signed().into()],
+        );
+        loop {
+            let some = cursor.fetch(64)?;
+            if some.is_empty() {
+                return Ok(());
+            }
+            for finish in some {
+                let ordinal = required::<i64>(finish["ordinal"].value()?)?.cast_unsigned();
+                let rows: Vec<u8> = required(finish["rows"].value()?)?;
+                for row in rows.as_chunks::<16>().0 {
+                    if let Some(awaited) = sought.get_mut(row).filter(|awaited| ordinal < awaited.by) {
+                        awaited.heir = ordinal;
+                    }
+                }
+            }
+        }
+    })?;
+    let inherited = enter(sought.into_values().filter(|awaited| awaited.heir > 0).collect())?;
+    let images: Vec<Moved> = inherited.iter().map(Awaited::image).collect();
+    segment::write_tombstones(step.target.id, move_images(&images)?)
 }
 
 /// Of rows that came back those that somebody waited for get an entry of theirs.
@@ -170,6 +228,11 @@ fn enter_rows(step: &Step, heir: u64, keys: &[&[u8]]) -> Result<()> {
         let stamp = Stamp { ordinal, tombstone: false };
         writer.push(&Entry { digest: *digest, stamp, row_digest: *row_digest, key })?;
     }
+    let images: Vec<Moved> = rows
+        .iter()
+        .map(|(content, _, key)| Moved { from: heir, to: ordinal, key: key.clone(), content: *content })
+        .collect();
+    segment::write_tombstones(*id, move_images(&images)?)?;
     let mut contents: Vec<[u8; 32]> = rows.iter().map(|(content, ..)| content.0).collect();
     contents.dedup();
     // Without shared memory there is no filter that could miss them.

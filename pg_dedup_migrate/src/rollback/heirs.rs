@@ -199,7 +199,10 @@ pub struct Moved {
 }
 
 /// Before images go with the rows they belong to; returns what these held before, and hold no more: (content, ordinal, key).
-fn move_images(moved: &[Moved]) -> Result<Vec<(Digest, u64, Vec<u8>)>> {
+///
+/// # Errors
+/// SPI's own.
+pub fn move_images(moved: &[Moved]) -> Result<Vec<(Digest, u64, Vec<u8>)>> {
     if moved.is_empty() {
         return Ok(Vec::new());
     }

@@ -407,8 +407,8 @@ fn pass_on(step: &Step, written: &Written, next: u64) -> Result<Option<(Digest, 
     };
     Spi::run_with_args(
         "UPDATE dedup.before_images AS n \
-         SET key = b.key, image = b.image, content_hash = b.content_hash, other_columns = b.other_columns, \
-             layout_ordinal = coalesce(b.layout_ordinal, b.ordinal) \
+         SET key = b.key, image = b.image, content_hash = b.content_hash, other_columns = coalesce(b.other_columns, n.other_columns), \
+             layout_ordinal = coalesce(b.layout_ordinal, b.ordinal), heir = b.heir \
          FROM dedup.before_images AS b WHERE n.ordinal = $1 AND n.key = $2 AND b.ordinal = $3 AND b.key = $4",
         &[next_ordinal.into(), key.into(), step.ordinal.cast_signed().into(), image.key.clone().into()],
     )?;
@@ -417,8 +417,12 @@ fn pass_on(step: &Step, written: &Written, next: u64) -> Result<Option<(Digest, 
 
 /// The first finish that wrote a row in the place of one that was removed; `last` wrote the one that stands there.
 fn first_after(step: &Step, key: &[u8], next: Option<&Next>, last: u64) -> Result<u64> {
-    // The next change found what the first one had written.
     let Some(next) = next else { return Ok(last) };
+    // Whoever wrote it is gone, and this one stands for it.
+    if let Some(heir) = heir_of(key, next.ordinal)? {
+        return Ok(heir);
+    }
+    // The next change found what the first one had written.
     let mut first = next.ordinal;
     let digest = [next.content.0];
     lookup::for_each_hit(step.target.id, &digest, &[0], 0, &Snapshot::latest(), |_, entry| {
@@ -428,6 +432,15 @@ fn first_after(step: &Step, key: &[u8], next: Option<&Next>, last: u64) -> Resul
         Ok(ControlFlow::Continue(()))
     })?;
     Ok(first)
+}
+
+/// Whose a row is that a finish changed, if it comes back and its writer does not.
+fn heir_of(key: &[u8], ordinal: u64) -> Result<Option<u64>> {
+    let heir = Spi::get_one_with_args::<i64>(
+        "SELECT pg_catalog.max(heir) FROM dedup.before_images WHERE ordinal = $1 AND key = $2",
+        &[ordinal.cast_signed().into(), key.to_vec().into()],
+    )?;
+    Ok(heir.map(i64::cast_unsigned))
 }
 
 /// Did a finish replace or remove a row under this key? Then it did not find the place empty.
@@ -442,8 +455,8 @@ fn has_image(key: &[u8], ordinal: u64) -> Result<bool> {
 /// what it took away then.
 fn give_image(step: &Step, key: &[u8], owner: u64, action: &str) -> Result<(Digest, u64, Vec<u8>)> {
     let before = Spi::get_one_with_args::<Vec<u8>>(
-        "INSERT INTO dedup.before_images (ordinal, target_id, run_id, chunk_id, action, key, content_hash, image, other_columns, layout_ordinal) \
-         SELECT o.ordinal, b.target_id, o.run_id, o.chunk_id, $4, b.key, b.content_hash, b.image, b.other_columns, coalesce(b.layout_ordinal, b.ordinal) \
+        "INSERT INTO dedup.before_images (ordinal, target_id, run_id, chunk_id, action, key, content_hash, image, other_columns, layout_ordinal, heir) \
+         SELECT o.ordinal, b.target_id, o.run_id, o.chunk_id, $4, b.key, b.content_hash, b.image, b.other_columns, coalesce(b.layout_ordinal, b.ordinal), b.heir \
          FROM dedup.before_images AS b, dedup.ordinals AS o WHERE b.ordinal = $1 AND b.key = $2 AND o.ordinal = $3 RETURNING content_hash",
         &[step.ordinal.cast_signed().into(), key.to_vec().into(), owner.cast_signed().into(), action.into()],
     )?;

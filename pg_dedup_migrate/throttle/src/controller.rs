@@ -146,8 +146,12 @@ fn decrease(
     let active = (limits.active.unwrap_or(lanes) / 2).max(1);
     (
         Limits { rate: Some(rate), active: Some(active) },
-        // Of a run that began gently that is what it could reach.
-        Memory { good: 0, since_decrease: 0, before: if memory.before > 0.0 { memory.before } else { now } },
+        // Of a run that began gently that is what it could reach; the least rate says nothing about that.
+        Memory {
+            good: 0,
+            since_decrease: 0,
+            before: if memory.before > 0.0 || now <= bounds.least { memory.before } else { now },
+        },
         State::Slowed,
     )
 }
@@ -220,6 +224,22 @@ mod tests {
             })
             .unwrap();
         assert!((GENTLE_SECONDS..15).contains(&seconds), "{seconds} s");
+    }
+
+    #[test]
+    fn a_run_that_began_slowed_is_not_let_go_at_once() {
+        let mut at = (Limits::default(), Memory::default(), State::Free);
+        for _ in 0..8 {
+            at = decide(at.0, at.1, BOUNDS, true, 0.0, 6);
+        }
+        assert_eq!(at.0.rate, Some(BOUNDS.least));
+        let seconds = (1..).find(|_| {
+            // In every other second nothing is read.
+            let throughput = if at.1.good % 2 == 0 { at.0.rate.unwrap_or(0.0) } else { 0.0 };
+            at = decide(at.0, at.1, BOUNDS, false, throughput, 6);
+            at.2 == State::Free
+        });
+        assert!(seconds >= Some(COOL_DOWN + GENTLE_SECONDS), "{seconds:?} s");
     }
 
     proptest! {

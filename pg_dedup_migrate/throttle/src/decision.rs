@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::LEAST_RATE;
@@ -31,6 +32,16 @@ pub struct Turn {
     idle: bool,
     /// Nobody has decided about this run yet.
     begins: bool,
+    /// What was usual for whoever decided before, in milliseconds: who joins beside a load would take that for usual.
+    usual: Usual,
+}
+
+/// What is usual for both servers.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+#[serde(default)]
+struct Usual {
+    read: Option<f64>,
+    commit: Option<f64>,
 }
 
 impl From<&Value> for Turn {
@@ -46,6 +57,7 @@ impl From<&Value> for Turn {
             throughput: turn["throughput"].as_f64().unwrap_or(0.0),
             lanes: count(&turn["lanes"]).unwrap_or(1),
             idle: turn["busy"].as_u64() == Some(0),
+            usual: serde_json::from_value(turn["controller"]["usual"].clone()).unwrap_or_default(),
             begins: turn["controller"].as_object().is_some_and(serde_json::Map::is_empty),
         }
     }
@@ -78,7 +90,11 @@ impl Watch {
         };
         self.wal = wal_now;
         let hardly_moving = turn.idle || turn.limits.rate.is_some_and(|rate| rate <= turn.bounds.least);
-        for (name, latency) in [("source_read_ms", &mut self.read), ("target_commit_ms", &mut self.commit)] {
+        for (name, latency, usual) in [
+            ("source_read_ms", &mut self.read, turn.usual.read),
+            ("target_commit_ms", &mut self.commit, turn.usual.commit),
+        ] {
+            latency.go_by(usual);
             latency.learn(hardly_moving);
             if let Some(high) = latency.high() {
                 signals[name] = json!(high);
@@ -100,11 +116,13 @@ impl Watch {
                 turn.lanes,
             )
         };
+        let mut memory = json!(memory);
+        memory["usual"] = json!(Usual { read: self.read.usual(), commit: self.commit.usual() });
         Decision {
             before: turn.limits,
             limits,
             state,
-            memory: json!(memory),
+            memory,
             reason: (!bad.is_empty()).then(|| bad.join("; ")),
         }
     }
@@ -144,6 +162,20 @@ mod tests {
         assert_eq!(decision.limits, Limits { rate: Some(5e6), active: Some(1) });
         let decision = watch.decide(&turn(json!({})), &mut json!({"target_sessions": 0}), Instant::now());
         assert_eq!((decision.limits, decision.reason), (Limits::default(), None));
+    }
+
+    #[test]
+    fn whoever_joins_goes_by_what_was_usual_before() {
+        let probed = |milliseconds: f64| {
+            let mut watch = Watch::default();
+            (0..20).for_each(|_| watch.commit.add(milliseconds));
+            watch
+        };
+        let mut signals = json!({"target_sessions": 3});
+        let quiet = probed(2.0).decide(&turn(json!({"good": 1})), &mut signals, Instant::now());
+        assert_eq!(quiet.reason, None);
+        let late = probed(40.0).decide(&turn(quiet.memory), &mut signals, Instant::now());
+        assert_eq!(late.reason.as_deref(), Some("target commit latency 40.0 ms, usually 2.0 ms"));
     }
 
     #[test]

@@ -42,6 +42,16 @@ impl Latency {
         sorted.get(sorted.len() * 9 / 10).copied()
     }
 
+    /// What is usual, where somebody has told.
+    pub fn go_by(&mut self, usual: Option<f64>) {
+        self.usual = usual.or(self.usual);
+    }
+
+    /// What is usual, if it is known.
+    pub fn usual(&self) -> Option<f64> {
+        self.usual
+    }
+
     /// Keeps what is usual: what is measured when it is low. While the run hardly moves what is measured is not its doing, and becomes usual, too.
     pub fn learn(&mut self, hardly_moving: bool) {
         let Some(high) = self.high() else { return };

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::config::Job;
 use crate::conn::{Endpoint, Role, Session};
-use crate::error::{Error, Result, Side};
+use crate::error::{Error, NO_POOLER, Result, Side};
 use crate::summary::{print_json, print_text};
 use crate::{runs, setup};
 
@@ -149,9 +149,23 @@ async fn connect(job: &Job, side: Side, findings: &mut Findings) -> Option<(Endp
     let connected = async {
         let endpoint = Endpoint::resolve(side, text)?;
         let session = endpoint.connect(Role::Admin).await?;
-        Ok::<_, Error>((endpoint, session))
+        let is_shared = servers::is_shared(&endpoint, &session).await?;
+        Ok::<_, Error>((endpoint, session, is_shared))
     };
-    connected.await.map_err(|error| findings.blocker(side, &error)).ok()
+    match connected.await {
+        Ok((endpoint, session, false)) => Some((endpoint, session)),
+        // Nothing else can be asked through it.
+        Ok(_) => {
+            findings
+                .add(Level::Blocker, side, "a connection pooler shares backends between sessions")
+                .hint(NO_POOLER);
+            None
+        }
+        Err(error) => {
+            findings.blocker(side, &error);
+            None
+        }
+    }
 }
 
 #[cfg(test)]

@@ -1,5 +1,9 @@
 //! What `doctor` looks at on the servers themselves.
 
+use std::collections::HashSet;
+
+use tokio_postgres::SimpleQueryMessage;
+
 use super::pairs::Amount;
 use super::{Findings, Level};
 use crate::config::Job;
@@ -42,7 +46,6 @@ pub async fn check_source(
             "large objects are not migrated; columns of type oid only name them",
         );
     }
-    check_pooler(endpoint, source, findings).await?;
     check_timeouts(endpoint, findings).await?;
     check_sight(source, "source", findings).await?;
     // A reader a lane, a planner each while planning, and one that asks or keeps a snapshot.
@@ -64,7 +67,6 @@ pub async fn check_target(
         findings.add(Level::Blocker, "target", "a standby can't be written");
     }
     check_preload(target, findings).await?;
-    check_pooler(endpoint, target, findings).await?;
     check_settings(target, findings).await?;
     check_timeouts(endpoint, findings).await?;
     check_sight(target, "target", findings).await?;
@@ -260,27 +262,32 @@ async fn check_preload(target: &Session, findings: &mut Findings) -> Result<()> 
     Ok(())
 }
 
-/// Two idle sessions with the same backend mean that somebody shares backends between sessions.
-async fn check_pooler(endpoint: &Endpoint, session: &Session, findings: &mut Findings) -> Result<()> {
-    let pid = "SELECT pg_catalog.pg_backend_pid()";
+/// A session whose backend changes, or is another's, too, shares backends with others: one is asked while the other holds the backend that it got. Asked
+/// without prepared statements, which are the first thing that such a pooler breaks.
+pub async fn is_shared(endpoint: &Endpoint, session: &Session) -> Result<bool> {
+    /// Which backend a pool lends is its own affair: it is asked more than once.
+    const ROUNDS: usize = 3;
     let other = endpoint.connect(Role::Admin).await?;
-    let mine: i32 = one(session, pid).await?;
-    let others: i32 = one(&other, pid).await?;
-    if mine == others {
-        findings
-            .add(Level::Blocker, session.side, "a connection pooler shares backends between sessions")
-            .hint("connect to the server itself, or use a pool in session mode");
+    let command =
+        async |sql: &str| other.client.batch_execute(sql).await.at(session.side, "asking for the backend");
+    let (mut mine, mut others) = (HashSet::new(), HashSet::new());
+    for _ in 0..ROUNDS {
+        mine.insert(backend(session).await?);
+        command("BEGIN").await?;
+        others.insert(backend(&other).await?);
+        mine.insert(backend(session).await?);
+        command("COMMIT").await?;
     }
-    Ok(())
+    Ok(mine.len() > 1 || others.len() > 1 || !mine.is_disjoint(&others))
 }
 
-async fn one(session: &Session, sql: &str) -> Result<i32> {
-    session
-        .client
-        .query_one(sql, &[])
-        .await
-        .and_then(|row| row.try_get(0))
-        .at(session.side, "looking at the server")
+async fn backend(session: &Session) -> Result<Option<String>> {
+    let answer = session.client.simple_query("SELECT pg_catalog.pg_backend_pid()").await;
+    let answer = answer.at(session.side, "asking for the backend")?;
+    Ok(answer.iter().find_map(|message| match message {
+        SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
+        _ => None,
+    }))
 }
 
 async fn check_connections(session: &Session, needed: i64, findings: &mut Findings) -> Result<()> {

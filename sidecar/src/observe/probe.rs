@@ -19,11 +19,13 @@ const FRESH: Duration = Duration::from_secs(1);
 /// So many times what the last one took must have gone by before the next one is asked for: a run of very many chunks costs a tenth of a core at most.
 const REST: u32 = 9;
 
-/// Asks about one run, on a session of its own that is made anew when it is lost.
+/// Asks about one run, on sessions of its own that are made anew when they are lost.
 pub struct Probe {
     target: Arc<Endpoint>,
     run: Uuid,
     inner: Mutex<Inner>,
+    /// The session that alerts are looked at on.
+    alerts: Mutex<Option<Session>>,
 }
 
 #[derive(Default)]
@@ -59,14 +61,30 @@ impl Inner {
 impl Probe {
     /// Not connected yet.
     pub fn new(target: Arc<Endpoint>, run: Uuid) -> Probe {
-        Probe { target, run, inner: Mutex::default() }
+        Probe { target, run, inner: Mutex::default(), alerts: Mutex::default() }
     }
 
-    /// Brings the run's alerts up to date, unless somebody has a moment ago; answers those that fire, in words, by kind.
+    /// Brings the run's alerts up to date, unless somebody has a moment ago; answers those that fire, in words, by kind. On a session of its own: whoever
+    /// asks for an overview meanwhile does not wait for it.
     pub async fn check_alerts(&self, unless_within: Duration) -> Result<BTreeMap<String, String>> {
+        let mut session = self.alerts.lock().await;
+        let checked = async {
+            if session.as_ref().is_none_or(Session::is_closed) {
+                *session = Some(self.target.connect(Role::Observer).await?);
+            }
+            let session = session.as_ref().ok_or_else(|| protocol_error(Side::Target, "no session"))?;
+            self.firing(session, unless_within).await
+        };
+        if let Ok(firing) = tokio::time::timeout(PATIENCE, checked).await {
+            return firing;
+        }
+        // Whoever hangs there is left to its own timeouts.
+        *session = None;
+        Err(no_answer())
+    }
+
+    async fn firing(&self, session: &Session, unless_within: Duration) -> Result<BTreeMap<String, String>> {
         let doing = "looking at the alerts";
-        let mut inner = self.inner.lock().await;
-        let session = inner.session(&self.target).await?;
         session
             .client
             .execute(
@@ -103,9 +121,15 @@ impl Probe {
             return Err(no_answer());
         }
         let began = Instant::now();
-        let session = inner.session(&self.target).await?;
         let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 1] = [&self.run];
-        let asked = session.client.query_one("SELECT dedup.overview($1::uuid)", &parameters);
+        let asked = async {
+            let session = inner.session(&self.target).await?;
+            session
+                .client
+                .query_one("SELECT dedup.overview($1::uuid)", &parameters)
+                .await
+                .at(Side::Target, doing)
+        };
         let Ok(row) = tokio::time::timeout(PATIENCE, asked).await else {
             inner.failed = Some(Instant::now());
             if let Some(session) = inner.session.take() {
@@ -113,7 +137,7 @@ impl Probe {
             }
             return Err(no_answer());
         };
-        let row = row.at(Side::Target, doing)?;
+        let row = row?;
         inner.failed = None;
         let document: Value = row.try_get(0).at(Side::Target, doing)?;
         let overview = serde_json::from_value(document)

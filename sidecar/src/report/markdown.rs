@@ -15,8 +15,9 @@ pub fn page(report: &Report) -> String {
     text
 }
 
-/// A cell: what would end it is escaped.
+/// A cell: what would end it is escaped, and what would be taken for HTML.
 fn cell(text: &str) -> String {
+    let text = text.replace('&', "&amp;").replace('<', "&lt;");
     text.replace('\\', "\\\\").replace('|', "\\|").replace('\n', " ")
 }
 

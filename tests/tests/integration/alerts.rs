@@ -330,3 +330,41 @@ async fn late_while_nothing_is_read() {
     db.exec("SELECT dedup.check_alerts()").await;
     assert!(db.one::<bool>(&format!("SELECT {}", firing("deadline"))).await);
 }
+
+/// A run that ends with failed chunks says so as long as it is one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_failed() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    pair.both("CREATE TABLE public.items (id int PRIMARY KEY, body text)").await;
+    pair.source.exec("INSERT INTO public.items SELECT n, 'body ' || n FROM generate_series(1, 100) AS n; ANALYZE public.items").await;
+    db.exec("ALTER TABLE public.items ADD CONSTRAINT low CHECK (id < 50)").await;
+    pair.run(&["public.items"]).args(&["--error-budget", "0"]).exits(exit::ERROR).await;
+    assert_eq!(
+        db.column("SELECT severity || ' ' || kind || ': ' || message FROM dedup.alerts").await,
+        ["P1 failed: the run ended with 1 failed chunks"]
+    );
+    db.exec("ALTER TABLE public.items DROP CONSTRAINT low").await;
+    pair.resume().exits(exit::DONE).await;
+    fired_and_cleared(db, "failed").await;
+}
+
+/// A restart takes the connection from every chunk in flight: that is no failure of theirs, and stops no run.
+#[tokio::test(flavor = "multi_thread")]
+async fn lost_connections_are_no_failures() {
+    let pair = Pair::start().await;
+    let db = &pair.target;
+    pair.both("CREATE TABLE public.items (id int PRIMARY KEY, body text)").await;
+    pair.source.exec("INSERT INTO public.items SELECT n, repeat(md5(n::text), 2) FROM generate_series(1, 60000) AS n; ANALYZE public.items").await;
+    let running =
+        pair.run(&["public.items"]).args(&["--max-rate", "1MB"]).chunk_size("100kB").workers(8).spawn();
+    db.wait_until("(SELECT count(*) FROM dedup.checkpoints WHERE status = 'verified') >= 2").await;
+    for _ in 0..3 {
+        db.exec("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'pg-dedup-migrate/writer'").await;
+        tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
+    }
+    db.wait_until("(SELECT count(*) FROM dedup.events WHERE kind = 'chunk_retried') >= 3").await;
+    assert_eq!(db.one::<i64>("SELECT (dedup.chunk_attempts(run_id)).failed FROM dedup.runs").await, 0);
+    let output = running.finish().await;
+    assert_eq!(output.code, Some(exit::DONE), "{}", output.describe());
+}

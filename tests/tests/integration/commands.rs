@@ -143,3 +143,47 @@ async fn databases_of_other_encodings() {
     target.exec("CREATE EXTENSION pg_dedup_migrate").await;
     run("latin", "c").exits(exit::ERROR).await.says("SQL_ASCII");
 }
+
+/// On a terminal a run draws how far it is, how fast, what it dropped and how long it will take.
+#[tokio::test(flavor = "multi_thread")]
+async fn progress_on_a_terminal() {
+    let pair = Pair::start().await;
+    pair.both("CREATE TABLE public.items (id int PRIMARY KEY, body text)").await;
+    pair.source.exec("INSERT INTO public.items SELECT n, repeat(md5((n % 20000)::text), 2) FROM generate_series(1, 40000) AS n; ANALYZE public.items").await;
+    let output = pair
+        .run(&["public.items"])
+        .args(&["--content-columns", "public.items:body", "--max-rate", "1MB"])
+        .chunk_size("100kB")
+        .in_terminal()
+        .exits(exit::DONE)
+        .await;
+    let drawn = output
+        .stdout
+        .split(['\r', '\n'])
+        .filter(|line| line.contains("% [") && line.contains("MB/s"))
+        .map(|line| line.to_owned())
+        .collect::<Vec<_>>();
+    assert!(drawn.len() >= 3, "{}", output.describe());
+    let parts = [" records/s, ", " chunks, ", " duplicates, ", "ETA "];
+    assert!(drawn.iter().all(|line| parts.iter().all(|part| line.contains(part))), "{drawn:?}");
+    // Further on at the end than at the beginning.
+    let percent = |line: &String| -> u32 {
+        let before = line.split('%').next().unwrap_or_default();
+        before
+            .chars()
+            .rev()
+            .take_while(char::is_ascii_digit)
+            .collect::<Vec<_>>()
+            .into_iter()
+            .rev()
+            .collect::<String>()
+            .parse()
+            .unwrap_or(0)
+    };
+    assert!(drawn.first().map(percent) < drawn.last().map(percent), "{drawn:?}");
+    assert!(
+        output.stdout.contains("duplicate") && output.stdout.contains("= inserted"),
+        "{}",
+        output.describe()
+    );
+}

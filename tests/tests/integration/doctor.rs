@@ -3,6 +3,7 @@
 use integration::cluster::Cluster;
 use integration::db::Db;
 use integration::pair::{DATABASE, Pair};
+use integration::pooler::Pooler;
 use integration::sidecar::{Invocation, Output, exit};
 
 /// Findings as `level subject: message -> hint`.
@@ -206,4 +207,22 @@ async fn connections_timeouts_and_room() {
         .exits(exit::ERROR)
         .await;
     assert_found(&output, "blocker target:", &["17 connections are needed", "fewer --workers"]);
+}
+
+/// Sessions that a pooler shares are no sessions: what one sets or locks another finds. A pool that lends whole sessions is fine.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pooler_that_shares_sessions() {
+    let pair = Pair::start().await;
+    pair.both("CREATE TABLE public.plain (id int PRIMARY KEY, x text)").await;
+    for (mode, code) in [("transaction", exit::ERROR), ("session", exit::DONE)] {
+        let pooler = Pooler::start(&pair.target_cluster, mode);
+        let output = Invocation::new("doctor")
+            .args(&["--json", "--table", "public.plain"])
+            .args(&["--source", &pair.source_cluster.url(DATABASE), "--target", &pooler.url(DATABASE)])
+            .exits(code)
+            .await;
+        if mode == "transaction" {
+            assert_found(&output, "blocker target: a connection pooler", &["session mode"]);
+        }
+    }
 }

@@ -356,3 +356,17 @@ async fn a_standby_that_does_not_answer() {
     let output = running.finish().await;
     assert_eq!(output.code, Some(exit::DONE), "{}", output.describe());
 }
+
+/// An archiver that has failed ever since it was started keeps all WAL, and nobody knows how much that is.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_archiver_that_never_archived() {
+    let pair = Pair::start_with(&["archive_mode = on", "archive_command = 'false'"]).await;
+    let db = &pair.target;
+    db.exec("SELECT pg_switch_wal()").await;
+    db.wait_until("(SELECT failed_count > 0 FROM pg_stat_archiver)").await;
+    let kept: String = db.one("SELECT dedup.wal_kept()::text").await;
+    assert!(kept.contains("unknown"), "{kept}");
+    db.exec("ALTER SYSTEM SET archive_command = 'true'").await;
+    db.exec("SELECT pg_reload_conf(), pg_switch_wal()").await;
+    db.wait_until("dedup.wal_kept()::text NOT LIKE '%unknown%'").await;
+}

@@ -130,3 +130,76 @@ async fn a_row_written_over_another_runs_with_an_earlier_content() {
     )
     .await;
 }
+
+/// Two runs found a row unchanged before it was changed: it comes back for the one that is left.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_two_runs_found_unchanged() {
+    plays(
+        "a 4=q
+         b 4=t
+         run r3 of a by 1
+         run r4 of a by 100
+         run r5 of a by 100
+         run r6 of b by 100
+         roll back r3 forced if refused
+         roll back r5 forced if refused
+         roll back r6 forced if refused",
+    )
+    .await;
+}
+
+/// What a removed row was before belongs to who found the row in its place unchanged, since who wrote that one is gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_removed_row_below_one_that_is_awaited() {
+    plays(
+        "b 2=q
+         b 1=u
+         c 2=u
+         run r2 of b by 100
+         run r3 of c by 100
+         run r4 of b by 70
+         run r5 of b by 1
+         run r8 of c by 100
+         roll back r4 forced if refused
+         roll back r3 forced if refused
+         roll back r5 forced if refused
+         roll back r8 forced if refused",
+    )
+    .await;
+}
+
+/// A row by hand that was replaced comes back though its replacement was found unchanged, changed, and brought back in between.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_by_hand_below_one_that_is_awaited() {
+    plays(
+        "a 6=u
+         b 6=q
+         by hand 6=t
+         run r1 of a by 100
+         run r4 of a by 1
+         run r5 of b by 100
+         roll back r1 forced if refused
+         roll back r5 forced if refused
+         roll back r4 forced if refused",
+    )
+    .await;
+}
+
+/// The image of a row that somebody awaits is handed on with whom it waits for.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_awaited_row_below_another_runs() {
+    plays(
+        "a 2=x
+         b 2=u
+         c 2=x
+         run r1 of a by 100
+         run r2 of c by 100
+         run r3 of b by 100
+         roll back r1 forced
+         run r4 of a by 100
+         roll back r3 forced if refused
+         roll back r4 forced if refused
+         roll back r2 forced if refused",
+    )
+    .await;
+}

@@ -234,3 +234,26 @@ async fn repaired_twice_for_another_run() {
     assert_index(db).await;
     assert_eq!(reconcile(db, &a).await, "reconciled");
 }
+
+/// Columns that no run delivers come back with a removed row, also where another run had changed it before and was taken back first.
+#[tokio::test(flavor = "multi_thread")]
+async fn further_columns_of_a_row_changed_and_removed() {
+    let pair = tables("(3, 'z'), (4, 'q')", &[("sa", "(3, 'w')")]).await;
+    let db = &pair.target;
+    db.exec("ALTER TABLE public.it ADD app text DEFAULT 'none'; UPDATE public.it SET app = 'app' || id")
+        .await;
+    let narrow = async |name: &str| {
+        let run: String = db.one(&format!("SELECT dedup.create_run('{name}')::text")).await;
+        let options = r#"{"columns": ["id", "v"]}"#;
+        db.exec(&format!("SELECT dedup.add_table('{run}', 'public.sa', 'public.it', content_columns => '{{v}}', options => '{options}'), dedup.plan_chunks('{run}')")).await;
+        db.exec(&format!("CALL dedup.migrate_run('{run}')")).await;
+        run
+    };
+    let r1 = narrow("r1").await;
+    db.exec("UPDATE public.sa SET v = 'q'").await;
+    let r2 = narrow("r2").await;
+    assert_eq!(rows(db).await, ["(4,q,app4)"]);
+    roll_back(db, &r1, true).await;
+    roll_back(db, &r2, false).await;
+    assert_eq!(rows(db).await, ["(3,z,app3)", "(4,q,app4)"]);
+}
