@@ -2,8 +2,12 @@
 
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use crate::cluster::{Cluster, SUPERUSER, free_port, owner_output, owner_try};
+
+/// How long it may take to listen.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A running PgBouncer; stopped when dropped.
 #[derive(Debug)]
@@ -25,6 +29,13 @@ impl Pooler {
         );
         let file = cluster.write_secret(&format!("pooler-{port}.ini"), &settings);
         owner_output(Command::new("/usr/sbin/pgbouncer").arg("-d").arg(file));
+        // It says that it runs before it listens.
+        let socket = dir.join(format!(".s.PGSQL.{port}"));
+        let began = Instant::now();
+        while !socket.exists() {
+            assert!(began.elapsed() < PATIENCE, "{} does not appear", socket.display());
+            std::thread::sleep(Duration::from_millis(20));
+        }
         Pooler { dir, port }
     }
 

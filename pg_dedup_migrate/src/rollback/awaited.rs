@@ -106,9 +106,9 @@ pub fn give_up(step: &Step) -> Result<()> {
             .update(
                 "WITH before AS (DELETE FROM dedup.before_images AS b USING dedup.before_images AS n \
                      WHERE n.heir = ANY ($1) AND (n.heir = $2 OR n.ordinal = $2) AND b.ordinal = n.heir AND b.key = n.key \
-                     RETURNING n.ordinal AS of, b.key, b.image, b.content_hash, b.other_columns, coalesce(b.layout_ordinal, b.ordinal) AS layout_ordinal) \
+                     RETURNING n.ordinal AS of, b.key, b.image, b.content_hash, b.other_columns, coalesce(b.layout_ordinal, b.ordinal) AS layout_ordinal, b.heir) \
                  UPDATE dedup.before_images AS n \
-                 SET image = x.image, content_hash = x.content_hash, other_columns = coalesce(x.other_columns, n.other_columns), layout_ordinal = x.layout_ordinal, heir = NULL \
+                 SET image = x.image, content_hash = x.content_hash, other_columns = coalesce(x.other_columns, n.other_columns), layout_ordinal = x.layout_ordinal, heir = x.heir \
                  FROM before AS x WHERE n.ordinal = x.of AND n.key = x.key RETURNING n.content_hash, n.ordinal, n.key",
                 None,
                 &[heirs.clone().into(), ordinal.into()],

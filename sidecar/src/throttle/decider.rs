@@ -271,7 +271,7 @@ async fn source_signals(source: &Session) -> Result<Value> {
                  'xmin_age', (SELECT pg_catalog.to_jsonb(pg_catalog.max(pg_catalog.age(h.xmin))::pg_catalog.float8 / pg_catalog.current_setting('autovacuum_freeze_max_age')::pg_catalog.float8) FROM ( \
                      SELECT l.xmin FROM pg_catalog.pg_replication_slots AS l UNION ALL SELECT l.catalog_xmin FROM pg_catalog.pg_replication_slots AS l \
                      UNION ALL SELECT b.backend_xmin FROM pg_catalog.pg_stat_replication AS b UNION ALL SELECT x.transaction FROM pg_catalog.pg_prepared_xacts AS x \
-                     UNION ALL SELECT x.xid FROM pg_catalog.pg_stat_activity AS b, (VALUES (b.backend_xmin), (b.backend_xid)) AS x(xid) WHERE b.application_name NOT LIKE 'pg-dedup-migrate/%') AS h(xmin))) \
+                     UNION ALL SELECT x.xid FROM pg_catalog.pg_stat_activity AS b, LATERAL (VALUES (b.backend_xmin), (b.backend_xid)) AS x(xid) WHERE b.application_name NOT LIKE 'pg-dedup-migrate/%') AS h(xmin))) \
              FROM pg_catalog.pg_stat_activity AS a WHERE (a.backend_type = 'client backend' OR a.backend_type IS NULL AND a.usesysid IS NOT NULL) AND a.application_name NOT LIKE 'pg-dedup-migrate/%'",
             &[],
         )

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use integration::cluster::Stop;
 use integration::http::{free_address, get, try_get};
@@ -325,4 +325,40 @@ async fn clients_that_say_nothing() {
     assert!(metrics.lines().any(is_done), "{metrics}");
     process.interrupt();
     assert_eq!(process.finish().await.code, Some(exit::DONE));
+}
+
+/// A backend that hangs, as all of them do where a disk does, is not waited for: health is told in time, and new sessions are made.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_hangs() {
+    let pair = Pair::start().await;
+    let (process, url) = served(&pair).await;
+    assert_eq!(get(&format!("{url}/readyz")).await.0, 200);
+    let observers =
+        "SELECT pid::text FROM pg_stat_activity WHERE application_name = 'pg-dedup-migrate/observer'";
+    let hanging = pair.target.column(observers).await;
+    assert!(!hanging.is_empty());
+    let signal = |signal: &str| {
+        let done = Command::new("kill").arg(signal).args(&hanging).status();
+        assert!(done.is_ok_and(|status| status.success()), "kill {signal}");
+    };
+    signal("-STOP");
+    for _ in 0..3 {
+        let began = Instant::now();
+        get(&format!("{url}/readyz")).await;
+        assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    // Looked at again, by others.
+    pair.target
+        .wait_until(&format!("EXISTS ({observers} AND pid <> ALL ('{{{}}}'))", hanging.join(",")))
+        .await;
+    for _ in 0..100 {
+        if get(&format!("{url}/readyz")).await.0 == 200 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    assert_eq!(get(&format!("{url}/readyz")).await.0, 200);
+    signal("-CONT");
+    finish(&pair, process).await;
 }

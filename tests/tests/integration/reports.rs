@@ -4,7 +4,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use integration::db::Db;
-use integration::pair::Pair;
+use integration::pair::{DATABASE, Pair};
 use integration::sidecar::exit;
 use sha2::{Digest, Sha256};
 
@@ -143,4 +143,17 @@ async fn an_archive_that_can_not_be_written() {
         .await;
     output.says("can't write");
     assert_eq!(pair.target.one::<i64>("SELECT count(*) FROM dedup.archives").await, 0);
+}
+
+/// What the database makes of times is its own affair: an archive is that of the run as it ended, whatever it is.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_archive_whatever_the_datestyle() {
+    let pair = finished().await;
+    for setting in ["datestyle = 'SQL, DMY'", "timezone = 'Asia/Kolkata'"] {
+        pair.target.exec(&format!("ALTER DATABASE {DATABASE} SET {setting}")).await;
+    }
+    let dir = tempfile::tempdir().expect("a folder");
+    archive(&pair, dir.path()).await;
+    let same = "SELECT a.run_ended_at = dedup.ended_at(a.run_id) FROM dedup.archives AS a";
+    assert!(pair.target.one::<bool>(same).await);
 }
