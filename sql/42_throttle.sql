@@ -152,7 +152,9 @@ BEGIN
         RETURN false;
     END IF;
     UPDATE dedup.throttle AS t
-    SET decided_at = clock_timestamp(), turn_ends = NULL, byte_rate = throttle_decide.byte_rate, active_chunks = throttle_decide.active_chunks, state = throttle_decide.state, reason = throttle_decide.reason,
+    SET decided_at = clock_timestamp(), turn_ends = NULL, byte_rate = throttle_decide.byte_rate, active_chunks = throttle_decide.active_chunks, state = throttle_decide.state,
+        -- While it recovers: of that which slowed it.
+        reason = coalesce(throttle_decide.reason, CASE WHEN throttle_decide.state <> 'free' THEN old.reason END),
         signals = throttle_decide.signals, controller = throttle_decide.controller,
         changed_at = CASE WHEN (old.byte_rate, old.active_chunks) IS DISTINCT FROM (throttle_decide.byte_rate, throttle_decide.active_chunks) THEN clock_timestamp() ELSE old.changed_at END
     WHERE t.run_id = run;
@@ -171,13 +173,8 @@ DECLARE
     began timestamptz;
     unprobed text;
 BEGIN
-    IF COALESCE(((dedup.run_row(run)).options OPERATOR(pg_catalog.#>>) '{settings,throttle,off}')::pg_catalog.bool, false) THEN
-        PERFORM dedup.throttle_report(run, process, 1, 1, 0);
-        COMMIT;
-        RETURN;
-    END IF;
-    -- Commits that wait for the disk and write next to nothing.
-    FOR probe IN 1..10 LOOP
+    -- Commits that wait for the disk and write next to nothing, where signals count.
+    FOR probe IN 1..CASE WHEN COALESCE(((dedup.run_row(run)).options OPERATOR(pg_catalog.#>>) '{settings,throttle,off}')::pg_catalog.bool, false) THEN 0 ELSE 10 END LOOP
         BEGIN
             PERFORM pg_catalog.set_config('synchronous_commit', 'on', true), pg_catalog.pg_logical_emit_message(true, 'pg_dedup_migrate', '');
         EXCEPTION WHEN OTHERS THEN

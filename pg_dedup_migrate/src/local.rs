@@ -10,7 +10,7 @@ use pg_dedup_record::fold::{Fold, FoldError, KeysToMatch, Way};
 use pg_dedup_record::layout::Layout;
 use pg_dedup_record::refusal::RefusedAttempt;
 use pg_dedup_record::sql::{finds_keys, has_key_among, quote_literal};
-use pg_dedup_record::{Batch, BatchBuilder, pgcopy, wire};
+use pg_dedup_record::{Batch, BatchBuilder, pgcopy};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use pgrx::{JsonB, Uuid, pg_sys};
@@ -21,7 +21,7 @@ use crate::copy;
 use crate::error::{Error, Result};
 use crate::finish::{self, Books};
 use crate::hash::rows::{self, View};
-use crate::matching;
+use crate::matching::{self, unpack_keys};
 use crate::pace;
 use crate::sql::required;
 use crate::upsert;
@@ -166,7 +166,7 @@ impl Target for Here<'_> {
 
     async fn match_keys(&mut self, ask: &KeysToMatch) -> Result<Vec<u8>> {
         let (digests, _) = ask.row_digests.as_chunks::<32>();
-        let matches = matching::match_rows(self.chunk, &unpacked(&ask.keys)?, digests)?;
+        let matches = matching::match_rows(self.chunk, &unpack_keys(&ask.keys)?, digests)?;
         Ok(matches.into_iter().map(|m| m as u8).collect())
     }
 
@@ -202,16 +202,16 @@ impl Target for Here<'_> {
         let chunk = std::panic::AssertUnwindSafe(&mut *self.chunk);
         copy::attempt(move || {
             let chunk = chunk;
-            upsert::delete(chunk.0, &unpacked(keys)?).map(drop)
+            upsert::delete(chunk.0, &unpack_keys(keys)?).map(drop)
         })
     }
 
     async fn keep(&mut self, keys: &[u8]) -> Result<Vec<u8>> {
-        Ok(self.chunk.keep_rows(&unpacked(keys)?)?.into_flattened())
+        Ok(self.chunk.keep_rows(&unpack_keys(keys)?)?.into_flattened())
     }
 
     async fn take_back(&mut self, keys: &[u8]) -> Result<()> {
-        upsert::take_back_rows(self.chunk, &unpacked(keys)?).map(drop)
+        upsert::take_back_rows(self.chunk, &unpack_keys(keys)?).map(drop)
     }
 
     async fn unique_violated(&mut self, _: &RefusedAttempt) -> Result<()> {
@@ -233,10 +233,6 @@ fn at_once<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
         Poll::Ready(result) => result,
         Poll::Pending => Err(Error::corrupted("a step inside the server waited for another task")),
     }
-}
-
-fn unpacked(keys: &[u8]) -> Result<Vec<&[u8]>> {
-    Ok(wire::keys(keys).collect::<std::result::Result<_, _>>().map_err(FoldError::from)?)
 }
 
 fn write(

@@ -52,8 +52,7 @@ fn decide_here(
     let Decision { limits, state, memory, reason, .. } =
         WATCH.with_borrow_mut(|watch| watch.decide(&Turn::from(&turn), &mut signals, Instant::now()));
     Spi::run_with_args(
-        "SELECT dedup.throttle_decide($1, $2, $3, $4, $5, \
-             coalesce($6, (SELECT t.reason FROM dedup.throttle AS t WHERE t.run_id OPERATOR(pg_catalog.=) $1 AND $5 OPERATOR(pg_catalog.<>) 'free')), $7, $8)",
+        "SELECT dedup.throttle_decide($1, $2, $3, $4, $5, $6, $7, $8)",
         &[
             run.into(),
             process.into(),

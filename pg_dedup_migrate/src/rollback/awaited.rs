@@ -8,20 +8,17 @@
 //! ```
 use std::collections::{HashMap, HashSet};
 
-use pg_dedup_record::block::{Entry, Stamp};
 use pg_dedup_record::digest::Digest;
 use pgrx::prelude::*;
 
 use super::heirs::{Moved, inherited_ordinal, move_images, subject};
 use super::step::{Plan, Step, pending};
+use super::undo;
 use crate::by_key::{Reading, rows_under};
-use crate::chunk;
 use crate::error::Result;
 use crate::index::Target;
 use crate::matching::rested_on;
-use crate::relation::{Access, Table};
-use crate::segment::{self, SegmentWriter};
-use crate::shmem::{self, filter};
+use crate::segment;
 use crate::sql::{required, stored_digest};
 
 /// A row that is awaited.
@@ -219,26 +216,12 @@ fn enter_rows(step: &Step, heir: u64, keys: &[&[u8]]) -> Result<()> {
     if rows.is_empty() {
         return Ok(());
     }
-    rows.sort_unstable();
     let ordinal = inherited_ordinal(heir, heir, rows.len() as i64)?;
-    let blocks = Table::open("segment_block", Access::Insert)?;
-    let segments = Table::open("segment", Access::Insert)?;
-    let mut writer = SegmentWriter::new(&blocks, *id, 0)?;
-    for (digest, row_digest, key) in &rows {
-        let stamp = Stamp { ordinal, tombstone: false };
-        writer.push(&Entry { digest: *digest, stamp, row_digest: *row_digest, key })?;
-    }
     let images: Vec<Moved> = rows
         .iter()
         .map(|(content, _, key)| Moved { from: heir, to: ordinal, key: key.clone(), content: *content })
         .collect();
     segment::write_tombstones(*id, move_images(&images)?)?;
-    let mut contents: Vec<[u8; 32]> = rows.iter().map(|(content, ..)| content.0).collect();
-    contents.dedup();
-    // Without shared memory there is no filter that could miss them.
-    if shmem::attached().is_ok() {
-        filter::set_sorted(chunk::scope(*id), contents.iter(), &mut Vec::new())?;
-    }
-    writer.finish(&segments)?;
-    Ok(())
+    let entries = rows.iter().map(|(content, row, key)| (*content, false, *row, key.as_slice()));
+    undo::enter(*id, ordinal, entries.collect())
 }

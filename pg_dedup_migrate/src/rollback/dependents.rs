@@ -88,27 +88,15 @@ impl Interests {
         Ok(interests)
     }
 
-    /// Who found this row unchanged, last; `taken`: whether a row with this content was taken away from under the key between that finish and the
-    /// entry's.
-    fn by_row(&self, content: &Digest, key: &[u8], taken: impl Fn(u64) -> bool) -> Option<u64> {
-        if self.by_row.is_empty() {
-            return None;
-        }
-        let sought = rested_on(content, key);
-        let end = self.by_row.partition_point(|(row, _)| *row <= sought);
-        let (row, ordinal) = *self.by_row[..end].last()?;
-        (row == sought && !taken(ordinal)).then_some(ordinal)
-    }
-
-    /// Who found this row unchanged, last, after one finish and before another.
-    fn found_between(&self, content: &Digest, key: &[u8], after: u64, before: u64) -> Option<u64> {
+    /// Who found this row unchanged last, before some finish.
+    fn found_before(&self, content: &Digest, key: &[u8], before: u64) -> Option<u64> {
         if self.by_row.is_empty() {
             return None;
         }
         let sought = rested_on(content, key);
         let end = self.by_row.partition_point(|found| *found < (sought, before));
         let (row, ordinal) = *self.by_row[..end].last()?;
-        (row == sought && ordinal > after).then_some(ordinal)
+        (row == sought).then_some(ordinal)
     }
 
     /// What becomes of the entries of one content that leave; `said` is all that the index says about it, by ordinal. A row in the place of one with
@@ -137,11 +125,11 @@ impl Interests {
             let fate = match next {
                 Some(next) if leaves(next.ordinal) => Fate::Goes,
                 Some(next) => {
-                    let heir = self.found_between(content, &place.key, place.ordinal, next.ordinal);
-                    heir.map_or(Fate::Overwritten(next.ordinal), |heir| Fate::Awaited {
-                        by: next.ordinal,
-                        heir,
-                    })
+                    let heir = self.found_before(content, &place.key, next.ordinal);
+                    heir.filter(|heir| *heir > place.ordinal).map_or(
+                        Fate::Overwritten(next.ordinal),
+                        |heir| Fate::Awaited { by: next.ordinal, heir },
+                    )
                 }
                 None => {
                     let by_content = if stays.is_empty() { sought.take() } else { None };
@@ -154,7 +142,10 @@ impl Interests {
                         let mut between = said.iter().filter(|p| p.key == place.key && !leaves(p.ordinal));
                         between.any(|p| p.tombstone && (found..place.ordinal).contains(&p.ordinal))
                     };
-                    let by_row = || self.by_row(content, &place.key, taken).filter(|_| !comes_back);
+                    let by_row = || {
+                        let found = self.found_before(content, &place.key, u64::MAX);
+                        found.filter(|found| !comes_back && !taken(*found))
+                    };
                     by_content.or_else(by_row).map_or(Fate::Goes, Fate::Rested)
                 }
             };

@@ -123,42 +123,50 @@ pub fn look<'a>(step: &Step, done: &'a Done) -> Result<Option<(Plan<'a>, Finding
     Ok(Some((judge.plan, judge.findings)))
 }
 
-/// What an entry says: its ordinal, and whether the content stands.
-type Said = (u64, bool);
+/// A content under a key.
+type Place = (Digest, Vec<u8>);
 
 /// Of the rows written those that stood there before, by what stays of the index: somebody took them away or changed them, and the finish, of a repair,
 /// wrote them again. They are whose they were, unless what they replaced is a row of a finish that stays.
 fn rewritten(step: &Step, done: &Done) -> Result<HashSet<usize>> {
-    let replaced: Vec<(Digest, Vec<u8>)> = done
-        .written
-        .iter()
-        .filter_map(|written| written.replaced.as_ref())
-        .map(|image| (image.content, image.key.clone()))
-        .collect();
-    let theirs = places_of_others(step, &replaced)?;
+    let chunk = step.only_chunk.as_deref();
+    let place = |image: &Image| (image.content, image.key.clone());
+    let replaced = done.written.iter().filter_map(|written| written.replaced.as_ref()).map(place).collect();
+    let theirs =
+        standing(step, &replaced, |o| o != step.ordinal, |ordinals| others(step.run, chunk, ordinals))?;
     let is_again = |written: &Written| {
         let replaced = written.replaced.as_ref();
-        replaced.is_none_or(|image| {
-            image.content != written.content && !theirs.contains(&(image.content, image.key.clone()))
-        })
+        replaced.is_none_or(|image| image.content != written.content && !theirs.contains(&place(image)))
     };
-    let (digests, wanted) = lookup::distinct(done.written.iter().filter(|w| is_again(w)).map(|w| w.content));
-    // Of each place all that was said before.
-    let mut said: HashMap<(Digest, Vec<u8>), Vec<Said>> = HashMap::new();
+    let place = |written: &Written| (written.content, written.key.clone());
+    let again = done.written.iter().filter(|written| is_again(written)).map(place).collect();
+    let stood = standing(step, &again, |o| o < step.ordinal, |ordinals| staying(step.run, chunk, ordinals))?;
+    let is_rewritten = |written: &Written| is_again(written) && stood.contains(&place(written));
+    Ok((0..done.written.len()).filter(|&n| is_rewritten(&done.written[n])).collect())
+}
+
+/// Those of these places where the content stands, by the last that the index has from finishes which `count` and are among those that `stay`.
+fn standing(
+    step: &Step,
+    places: &HashSet<Place>,
+    count: impl Fn(u64) -> bool,
+    stay: impl FnOnce(&HashSet<u64>) -> Result<HashSet<u64>>,
+) -> Result<HashSet<Place>> {
+    let (digests, wanted) = lookup::distinct(places.iter().map(|(content, _)| *content));
+    // Of each place all that is said: ordinals, and whether it stands.
+    let mut said: HashMap<Place, Vec<(u64, bool)>> = HashMap::new();
     lookup::for_each_hit(step.target.id, &digests, &wanted, 0, &Snapshot::latest(), |_, entry| {
-        if entry.stamp.ordinal < step.ordinal {
-            let place = said.entry((entry.digest, entry.key.to_vec())).or_default();
-            place.push((entry.stamp.ordinal, !entry.stamp.tombstone));
+        let place = (entry.digest, entry.key.to_vec());
+        if count(entry.stamp.ordinal) && places.contains(&place) {
+            said.entry(place).or_default().push((entry.stamp.ordinal, !entry.stamp.tombstone));
         }
         Ok(ControlFlow::Continue(()))
     })?;
-    let ordinals = said.values().flatten().map(|(ordinal, _)| *ordinal).collect();
-    let stay = staying(step.run, step.only_chunk.as_deref(), &ordinals)?;
-    let stood = |written: &Written| {
-        let said = said.get(&(written.content, written.key.clone())).map(Vec::as_slice).unwrap_or_default();
+    let stay = stay(&said.values().flatten().map(|(ordinal, _)| *ordinal).collect())?;
+    said.retain(|_, said| {
         said.iter().filter(|(ordinal, _)| stay.contains(ordinal)).max().is_some_and(|(_, stands)| *stands)
-    };
-    Ok((0..done.written.len()).filter(|&n| is_again(&done.written[n]) && stood(&done.written[n])).collect())
+    });
+    Ok(said.into_keys().collect())
 }
 
 /// Of the rows removed those that another run, which stays, removed again since, and by which finish first.
@@ -189,27 +197,6 @@ fn removed_again<'s>(step: &Step, done: &'s Done) -> Result<HashMap<(Digest, &'s
     // The earliest of a place is entered last.
     said.sort_unstable_by_key(|(ordinal, _)| std::cmp::Reverse(*ordinal));
     Ok(said.into_iter().map(|(ordinal, place)| (place, ordinal)).collect())
-}
-
-/// Those of these places, contents under keys, that a finish of another run has, as it would be without this one.
-fn places_of_others(step: &Step, places: &[(Digest, Vec<u8>)]) -> Result<HashSet<(Digest, Vec<u8>)>> {
-    let (digests, wanted) = lookup::distinct(places.iter().map(|(content, _)| *content));
-    let asked: HashSet<(Digest, &[u8])> =
-        places.iter().map(|(content, key)| (*content, key.as_slice())).collect();
-    let mut said: HashMap<(Digest, Vec<u8>), Vec<Said>> = HashMap::new();
-    lookup::for_each_hit(step.target.id, &digests, &wanted, 0, &Snapshot::latest(), |_, entry| {
-        if asked.contains(&(entry.digest, entry.key)) && entry.stamp.ordinal != step.ordinal {
-            let place = said.entry((entry.digest, entry.key.to_vec())).or_default();
-            place.push((entry.stamp.ordinal, !entry.stamp.tombstone));
-        }
-        Ok(ControlFlow::Continue(()))
-    })?;
-    let ordinals = said.values().flatten().map(|(ordinal, _)| *ordinal).collect();
-    let others = others(step.run, step.only_chunk.as_deref(), &ordinals)?;
-    said.retain(|_, said| {
-        said.iter().filter(|(ordinal, _)| others.contains(ordinal)).max().is_some_and(|(_, stands)| *stands)
-    });
-    Ok(said.into_keys().collect())
 }
 
 /// Whether a row looks as the finish wrote it.

@@ -179,7 +179,7 @@ pub fn forget_lists(ordinal: i64) -> Result<()> {
 /// What the index says from now on, under an ordinal that is nobody's: rows that are left alone stand like rows that stood there before any run;
 /// what they would have been again stands nowhere, nor does what was overwritten.
 fn tell_index(step: &Step, findings: &Findings) -> Result<()> {
-    let mut entries: Vec<(Digest, bool, [u8; Digest::SHORT_LEN], &[u8])> = Vec::new();
+    let mut entries: Vec<Word<'_>> = Vec::new();
     for alone in &findings.alone {
         if let Some((digests, key)) = &alone.stands {
             entries.push((digests.content, false, digests.row.short(), key));
@@ -192,20 +192,31 @@ fn tell_index(step: &Step, findings: &Findings) -> Result<()> {
     if entries.is_empty() {
         return Ok(());
     }
-    entries.sort_unstable();
     let ordinal = segment::nobodys_ordinal(step.target.id)?;
+    enter(step.target.id, ordinal.cast_unsigned(), entries)
+}
+
+/// What the index is to say of a place: content, whether it is gone, the beginning of the row's digest, key.
+pub type Word<'a> = (Digest, bool, [u8; Digest::SHORT_LEN], &'a [u8]);
+
+/// Enters these into the index, in a segment of their own.
+///
+/// # Errors
+/// 42501 without the privileges of a worker.
+pub fn enter(target: i32, ordinal: u64, mut entries: Vec<Word<'_>>) -> Result<()> {
+    entries.sort_unstable();
     let blocks = Table::open("segment_block", Access::Insert)?;
     let segments = Table::open("segment", Access::Insert)?;
-    let mut writer = SegmentWriter::new(&blocks, step.target.id, 0)?;
+    let mut writer = SegmentWriter::new(&blocks, target, 0)?;
     for &(digest, tombstone, row_digest, key) in &entries {
-        let stamp = Stamp { ordinal: ordinal.cast_unsigned(), tombstone };
+        let stamp = Stamp { ordinal, tombstone };
         writer.push(&Entry { digest, stamp, row_digest, key })?;
     }
     let mut contents: Vec<[u8; 32]> = entries.iter().map(|(digest, ..)| digest.0).collect();
     contents.dedup();
     // Without shared memory there is no filter that could miss them.
     if crate::shmem::attached().is_ok() {
-        filter::set_sorted(chunk::scope(step.target.id), contents.iter(), &mut Vec::new())?;
+        filter::set_sorted(chunk::scope(target), contents.iter(), &mut Vec::new())?;
     }
     writer.finish(&segments)?;
     Ok(())

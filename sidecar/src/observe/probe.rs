@@ -48,14 +48,13 @@ struct Last {
     overview: Arc<Overview>,
 }
 
-impl Inner {
-    async fn session(&mut self, target: &Endpoint) -> Result<&Session> {
-        match &mut self.session {
-            Some(session) if !session.is_closed() => {}
-            empty => *empty = Some(target.connect(Role::Observer).await?),
-        }
-        self.session.as_ref().ok_or_else(|| protocol_error(Side::Target, "no session"))
-    }
+/// The session, opened anew where there is none.
+async fn opened<'s>(session: &'s mut Option<Session>, target: &Endpoint) -> Result<&'s Session> {
+    let open = match session.take().filter(|session| !session.is_closed()) {
+        Some(session) => session,
+        None => target.connect(Role::Observer).await?,
+    };
+    Ok(session.insert(open))
 }
 
 impl Probe {
@@ -69,10 +68,7 @@ impl Probe {
     pub async fn check_alerts(&self, unless_within: Duration) -> Result<BTreeMap<String, String>> {
         let mut session = self.alerts.lock().await;
         let checked = async {
-            if session.as_ref().is_none_or(Session::is_closed) {
-                *session = Some(self.target.connect(Role::Observer).await?);
-            }
-            let session = session.as_ref().ok_or_else(|| protocol_error(Side::Target, "no session"))?;
+            let session = opened(&mut session, &self.target).await?;
             self.firing(session, unless_within).await
         };
         if let Ok(firing) = tokio::time::timeout(PATIENCE, checked).await {
@@ -123,7 +119,7 @@ impl Probe {
         let began = Instant::now();
         let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 1] = [&self.run];
         let asked = async {
-            let session = inner.session(&self.target).await?;
+            let session = opened(&mut inner.session, &self.target).await?;
             session
                 .client
                 .query_one("SELECT dedup.overview($1::uuid)", &parameters)

@@ -211,8 +211,7 @@ impl Decider {
             target
                 .client
                 .execute(
-                    &format!("SELECT dedup.throttle_decide($1::uuid, $2::uuid, $3::int8, $4::int4, $5::text, \
-                         coalesce($6::text, (SELECT reason FROM dedup.throttle WHERE run_id = $1 AND $5 <> 'free')), $7::jsonb, $8::jsonb), {UNWAITED}"),
+                    &format!("SELECT dedup.throttle_decide($1::uuid, $2::uuid, $3::int8, $4::int4, $5::text, $6::text, $7::jsonb, $8::jsonb), {UNWAITED}"),
                     &[
                         &run,
                         &process,
